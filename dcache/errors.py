@@ -1,0 +1,29 @@
+"""Every exception of dcache. Each says what happened, with the values, and then what to do."""
+
+
+class DCacheError(Exception):
+    """Base of everything dcache raises on purpose."""
+
+
+class UsageError(DCacheError):
+    """Something you asked for cannot be done as asked: a name, a knob, a length, a file. The CLI prints it, exit code 2."""
+
+
+class ModelError(UsageError):
+    """A checkpoint cannot be loaded: folder, config field, tensor or tokenizer; the message names which."""
+
+
+class PluginError(DCacheError):
+    """An installed plugin cannot be registered: a duplicate name, a wrong hook signature, a class of the wrong kind."""
+
+
+class PolicyError(DCacheError):
+    """A cache policy broke the contract: it names the policy, its distribution and the step, then expected and found."""
+
+
+class UnmaskerError(DCacheError):
+    """An unmasker broke the contract, for instance by committing a row outside its own window."""
+
+
+class NumericsError(DCacheError):
+    """The model produced NaN or Inf: the message names the step and the first layer that did."""

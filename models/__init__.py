@@ -1,0 +1,1 @@
+"""Model families: one transformer, one adapter per published checkpoint format."""

@@ -1,0 +1,1 @@
+"""Cache policies: one file per method, named as in its paper."""

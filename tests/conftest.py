@@ -1,0 +1,16 @@
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# The checkout's own `kernels/` must not shadow the optional package of that name that transformers looks for.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+if importlib.util.find_spec("dcache") is None:  # not installed: import from the checkout
+    sys.path.insert(0, str(ROOT))
+    import dcache  # noqa: F401
+
+    sys.path.remove(str(ROOT))
