@@ -1,0 +1,1 @@
+"""Tasks: prompts to decode, and a score for the text that comes back."""

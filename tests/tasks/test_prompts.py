@@ -1,0 +1,99 @@
+import json
+import re
+
+import pytest
+
+from dcache.errors import UsageError
+from dcache.tasks.base import Problem
+from dcache.tasks.prompts import Prompts
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def test_prompts_keep_the_order_of_the_file_and_blank_lines_are_skipped(tmp_path):
+    path = write(
+        tmp_path, {"prompt": "b", "answer": 4}, "", {"prompt": "ä", "id": "x"}, {"prompt": "c", "answer": "4 "}
+    )
+    expected = [Problem("line-1", "b", "4"), Problem("x", "ä"), Problem("line-4", "c", "4 ")]
+    assert Prompts(path).problems("test", None, seed=0) == expected
+    assert Prompts(str(path)).problems("train", 2, seed=9) == expected[:2]
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("4", True),
+        (" 4\n", True),
+        ("2 + 2 #### 4\nthat is it", True),
+        ("####4", True),
+        ("2 + 2 = 4", False),
+        ("", False),
+    ],
+)
+def test_the_answer_is_compared_with_what_follows_the_mark_or_with_everything(tmp_path, text, verdict):
+    task = Prompts(write(tmp_path, {"prompt": "2 + 2", "answer": 4}))
+    assert task.score(task.problems("test", 1, 0)[0], text) is verdict
+
+
+def test_a_prompt_without_an_answer_is_not_scored(tmp_path):
+    task = Prompts(write(tmp_path, {"prompt": "Tell me a story", "answer": None}))
+    assert task.score(task.problems("test", 1, 0)[0], "#### 4") is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', "line 2, column 15: not valid JSON"),
+        ("[1, 2]", "line 2: expected an object"),
+        ('"text"', "line 2: expected an object .* found a string"),
+        ("{}", "line 2: the key 'prompt' is missing"),
+        ('{"answer": "4"}', "line 2: the key 'prompt' is missing"),
+        ('{"prompt": "a", "anwser": 4}', "line 2: unknown key 'anwser'; the keys are prompt, answer and id"),
+        ('{"prompt": 4}', "line 2: 'prompt' must be a string, found a number"),
+        ('{"prompt": null}', "line 2: 'prompt' must be a string, found null"),
+        ('{"prompt": "  "}', "line 2: 'prompt' is empty"),
+        ('{"prompt": "a", "answer": true}', "line 2: 'answer' must be a string or a number, found true or false"),
+        ('{"prompt": "a", "answer": [4]}', "line 2: 'answer' must be a string or a number, found a list"),
+        ('{"prompt": "a", "id": 3}', "line 2: 'id' must be a string, found a number"),
+        ('{"prompt": "a", "id": "line-1"}', "line 2: id 'line-1' is taken"),
+    ],
+)
+def test_a_bad_line_is_refused_with_its_file_and_place(tmp_path, line, message):
+    path = write(tmp_path, {"prompt": "fine"}, line)
+    with pytest.raises(UsageError, match=message) as caught:
+        Prompts(path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n  \n"])
+def test_a_file_without_prompts_is_refused(tmp_path, content):
+    path = tmp_path / "empty.jsonl"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=re.escape(f"{path}: no prompts")):
+        Prompts(path)
+
+
+def test_a_missing_file_a_folder_and_bytes_that_are_no_text_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="no such file"):
+        Prompts(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UsageError, match="cannot be read"):
+        Prompts(tmp_path)
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="cannot be read"):
+        Prompts(tmp_path / "binary.jsonl")
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_a_limit_below_one_is_refused(tmp_path, limit):
+    with pytest.raises(UsageError, match="at least 1"):
+        Prompts(write(tmp_path, {"prompt": "a"})).problems("test", limit, 0)
+
+
+def test_a_line_separator_within_a_prompt_and_a_byte_order_mark_do_no_harm(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a\u2028b"}\r\n{"prompt": "c"}\r\n'.encode())
+    assert [problem.prompt for problem in Prompts(path).problems("test", None, 0)] == ["a\u2028b", "c"]
