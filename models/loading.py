@@ -1,0 +1,433 @@
+"""Load a checkpoint: a folder, a shipped tiny model, random weights of a published shape, or a repository of the hub.
+
+Everything is checked before memory is taken: the config by its family, then the header of every safetensors file
+against the tensors that the family expects. Only then are the parameters allocated, on their device, and filled tensor
+by tensor, so that neither a second copy of the model nor a layer that straddles two files matters.
+
+No code from a checkpoint runs: no Python file is downloaded, pickled weights are refused, chat templates are sandboxed.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from dcache.models.family import Family, Slot
+from dcache.models.llada import LLaDA
+from dcache.models.tokenizer import Tokenizer, read_json
+from dcache.models.transformer import ModelSpec, Transformer
+from safetensors import SafetensorError, safe_open
+
+from dcache.errors import ModelError, UsageError
+
+HUB_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.jinja")
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float64": torch.float64,
+}
+_STORED = ("BF16", "F16", "F32", "F64")
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_RANDOM = ":random"
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Attributes:
+        name: what it was loaded as, for reports.
+        spec: sizes and special ids.
+        transformer: the weights.
+        tokenizer: None if the checkpoint has none, or the weights are random.
+    """
+
+    name: str
+    spec: ModelSpec
+    transformer: Transformer
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights and of the computation."""
+        return self.transformer.dtype
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Ids of a prompt: one user turn if there is a chat template, else the text as it is.
+
+        The text is not trusted: special tokens that it spells stay text. `Tokenizer` has the published behaviour.
+        """
+        tokenizer = self._tokenizer()
+        if tokenizer.has_template:
+            return tokenizer.chat([{"role": "user", "content": text}])
+        return tokenizer.encode(text, specials=False)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Text of generated ids up to the first end token."""
+        end = next((n for n, i in enumerate(ids) if i in self.spec.end_ids), len(ids))
+        return self._tokenizer().decode(ids[:end])
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ModelError(f"model {self.name!r} has no tokenizer; give token ids instead of text")
+        return self.tokenizer
+
+
+def load_model(
+    source: str | PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    family: str | None = None,
+    families: Sequence[Family] | None = None,
+) -> Model:
+    """Load a model for inference.
+
+    Args:
+        source: a local folder; the name of a shipped model ("tiny-llada"); a published shape with random weights and no
+            tokenizer ("llada-8b:random"); or an id of the Hugging Face hub ("GSAI-ML/LLaDA-8B-Instruct").
+        device: None is the GPU if there is one, else the CPU.
+        dtype: of weights and computation. None is bfloat16 on a GPU and float32 on the CPU.
+        revision: branch, tag or commit of a hub id.
+        family: adapter to use whatever the config declares.
+        families: the adapters to choose from; None is the built-in ones.
+
+    Raises:
+        ModelError: naming the file, field or tensor that is at fault.
+        UsageError: for a device or dtype that does not exist here.
+    """
+    known = {f.name: f for f in ([LLaDA()] if families is None else families)}
+    if family is not None and family not in known:
+        raise ModelError(f"unknown model family {family!r}.{_did_you_mean(family, known)} Known: {', '.join(known)}")
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    name = str(source)
+    if isinstance(source, str) and name.endswith(_RANDOM) and not Path(name).exists():
+        _no_revision(name, revision)
+        return _random(name, known, place, kind)
+    folder = _folder(name, known, revision, is_path=not isinstance(source, str))
+    shown = folder.resolve().name if Path(name).expanduser().is_dir() else name
+    return _load(shown, folder, [known[family]] if family else list(known.values()), family is not None, place, kind)
+
+
+# Where the source is
+
+
+def _folder(source: str, known: Mapping[str, Family], revision: str | None, is_path: bool) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        _no_revision(source, revision)
+        return path
+    if path.exists():
+        raise ModelError(f"{source!r} is a file; give the folder that holds config.json and the weights")
+    shipped = _shipped()
+    if source in shipped:
+        _no_revision(source, revision)
+        return shipped[source]
+    if not is_path and _HUB_ID.fullmatch(source) and ".." not in source:
+        return _download(source, revision)
+    presets = [shape + _RANDOM for f in known.values() for shape in f.shapes]
+    accepted = "a local folder, a hub id 'org/name'" + "".join(
+        f", {what} ({', '.join(names)})"
+        for what, names in (("a shipped model", shipped), ("random weights of a published shape", presets))
+        if names
+    )
+    hint = _did_you_mean(source, [*shipped, *presets])
+    raise ModelError(f"no model {source!r}: there is no such folder.{hint} Accepted: {accepted}")
+
+
+def _shipped() -> dict[str, Path]:
+    """The trained checkpoints inside the package, by name."""
+    return {config.parent.name: config.parent for config in sorted(Path(__file__).parent.glob("tiny/*/config.json"))}
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download  # here, because most runs load from a folder
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+    except Exception as error:  # the hub client passes on whatever its HTTP library raises
+        at = f" at revision {revision!r}" if revision else ""
+        raise ModelError(
+            f"{repository!r} is no local folder, and the hub did not provide it{at}: "
+            f"{type(error).__name__}: {_line(error)}"
+        ) from error
+
+
+def _no_revision(source: str, revision: str | None) -> None:
+    if revision is not None:
+        raise UsageError(f"revision {revision!r} was given, but {source!r} is not a hub id; leave the revision out")
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+# Device, dtype, memory
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}; expected 'cpu', 'cuda' or 'cuda:1'") from error
+    if chosen.type not in ("cpu", "cuda", "meta"):
+        raise UsageError(f"device {str(device)!r} is not supported; expected 'cpu', 'cuda' or 'cuda:1'")
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"device {str(device)!r} is not available: torch {torch.__version__} sees no CUDA device")
+        if chosen.index is not None and chosen.index >= (count := torch.cuda.device_count()):
+            raise UsageError(f"device {str(device)!r} is not available: there are {count} CUDA devices, from 'cuda:0'")
+    return chosen
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        hint = _did_you_mean(dtype, DTYPES) if isinstance(dtype, str) else ""
+        raise UsageError(f"unknown dtype {str(dtype)!r}.{hint} Accepted: {', '.join(DTYPES)}")
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def _check_room(name: str, skeleton: Transformer, device: torch.device) -> None:
+    """Refuse a model that does not fit on its GPU, before anything is allocated there."""
+    if device.type != "cuda":
+        return
+    tensors = [*skeleton.parameters(), *skeleton.buffers()]
+    needed = sum(t.numel() * t.element_size() for t in tensors)
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + reusable
+    if needed > free:
+        raise ModelError(
+            f"model {name!r} needs {needed} bytes ({needed / 2**30:.1f} GiB) for its weights in {skeleton.dtype}, but "
+            f"{device} has {free} bytes ({free / 2**30:.1f} GiB) free; use another device or a smaller dtype"
+        )
+
+
+# Random weights
+
+
+def _random(name: str, known: Mapping[str, Family], device: torch.device, dtype: torch.dtype) -> Model:
+    shapes = {shape + _RANDOM: (f, config) for f in known.values() for shape, config in f.shapes.items()}
+    if name not in shapes:
+        hint = _did_you_mean(name, shapes)
+        raise ModelError(f"no published shape is called {name!r}.{hint} Known: {', '.join(shapes) or 'none'}")
+    family, config = shapes[name]
+    spec = family.spec(config, {}, None)
+    _check_room(name, Transformer(spec, "meta", dtype), device)
+    transformer = Transformer(spec, device, dtype)
+    if device.type != "meta":
+        transformer.init_random()
+    return Model(name, spec, transformer.eval().requires_grad_(False))
+
+
+# A folder
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as the header of its file describes it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _load(
+    name: str, folder: Path, families: Sequence[Family], forced: bool, device: torch.device, dtype: torch.dtype
+) -> Model:
+    config = read_json(folder / "config.json")
+    generation = read_json(folder / "generation_config.json", optional=True)
+    _refuse_quantised(folder, config)
+    stored = _headers(folder)
+    family = families[0] if forced else _recognise(folder, families, config, stored)
+    tokenizer = family.tokenizer(folder)
+    try:
+        spec = family.spec(config, generation, tokenizer)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+    if tokenizer is not None and len(tokenizer) > spec.vocab_size:
+        raise ModelError(f"{folder}: the tokenizer has {len(tokenizer)} ids, the embedding {spec.vocab_size} rows")
+    slots = family.slots(spec)
+    skeleton = Transformer(spec, "meta", dtype)
+    _check_slots(family, slots, skeleton)
+    _check_tensors(folder, family, slots, skeleton, stored)
+    _check_room(name, skeleton, device)
+    transformer = Transformer(spec, device, dtype)
+    _fill(transformer, slots, stored)
+    return Model(name, spec, transformer.eval().requires_grad_(False), tokenizer)
+
+
+def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
+    quantised = config.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ModelError(
+            f"{folder / 'config.json'}: the checkpoint is quantised ('quantization_config', method {method!r}); "
+            f"load the original {', '.join(_STORED)} weights"
+        )
+
+
+def _recognise(folder: Path, families: Sequence[Family], config: Mapping[str, Any], tensors: Collection[str]) -> Family:
+    found = [f for f in families if f.recognises(config, tensors)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(f.name for f in found or families)
+    declared = f"model_type {config.get('model_type')!r} and architectures {config.get('architectures')!r}"
+    problem = f"more than one model family recognises it ({names})" if found else "no model family recognises it"
+    known = "" if found else f" Known families: {names}."
+    raise ModelError(f"{folder}: {problem}; config.json declares {declared}.{known} Name one with family=")
+
+
+def _headers(folder: Path) -> dict[str, _Stored]:
+    """Every tensor of a checkpoint, from the headers of its files; no weight is read."""
+    if (folder / _INDEX).exists():
+        return _indexed(folder)
+    if (folder / _SINGLE).exists():
+        return _header(folder / _SINGLE)
+    if loose := sorted(file.name for file in folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} holds {_listed(loose)} but neither {_SINGLE} nor {_INDEX}")
+    if pickled := sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern)):
+        raise ModelError(
+            f"{folder} holds only pickled weights ({_listed(pickled)}), which can run code when read; "
+            "convert them to safetensors"
+        )
+    raise ModelError(f"{folder} holds no weights; expected {_SINGLE} or {_INDEX}")
+
+
+def _header(file: Path) -> dict[str, _Stored]:
+    try:
+        with safe_open(file, framework="pt") as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: _Stored(file, tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(_unreadable(file, error)) from error
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    size = file.stat().st_size if file.exists() else 0
+    with file.open("rb") as stream:
+        pointer = stream.read(40).startswith(b"version https://git-lfs")
+    advice = "it is a Git LFS pointer, not the weights" if pointer else "it is truncated or corrupt; fetch it again"
+    return f"{file} ({size} bytes) is not a whole safetensors file: {_line(error)}; {advice}"
+
+
+def _indexed(folder: Path) -> dict[str, _Stored]:
+    index = folder / _INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ModelError(f"{index}: 'weight_map' is not an object of tensor name to file name")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not shard.endswith(".safetensors") or ".." in shard or any(c in shard for c in "/\\:\0"):
+            raise ModelError(f"{index} names {shard!r}; expected the name of a .safetensors file in the same folder")
+    if absent := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise ModelError(f"{folder} lacks {len(absent)} of {len(shards)} files that {_INDEX} names: {_listed(absent)}")
+    stored: dict[str, _Stored] = {}
+    problems = []
+    for shard in shards:
+        header = _header(folder / shard)
+        listed = {name for name, home in weight_map.items() if home == shard}
+        if absent := sorted(listed - header.keys()):
+            problems.append(f"{shard} lacks {_listed(absent)}")
+        if extra := sorted(header.keys() - listed):
+            problems.append(f"{shard} holds {_listed(extra)} without an entry")
+        stored |= {name: header[name] for name in listed & header.keys()}
+    if problems:
+        raise ModelError(f"{index} does not describe its files: {'; '.join(problems)}")
+    return stored
+
+
+def _check_slots(family: Family, slots: Mapping[str, Slot], skeleton: Transformer) -> None:
+    """Believed of every adapter: its slots cover each parameter exactly once."""
+    covered: dict[str, list[range]] = {name: [] for name, _ in skeleton.named_parameters()}
+    sizes = {name: p.shape[0] for name, p in skeleton.named_parameters()}
+    for tensor, slot in slots.items():
+        if slot.parameter not in covered:
+            raise ModelError(f"family {family.name!r} puts {tensor!r} into {slot.parameter!r}, which does not exist")
+        covered[slot.parameter].append(range(*(slot.rows or slice(None)).indices(sizes[slot.parameter])))
+    for name, parts in covered.items():
+        rows = [row for part in sorted(parts, key=lambda r: r.start) for row in (part.start, part.stop)]
+        if rows[:1] != [0] or rows[-1:] != [sizes[name]] or rows[1:-1:2] != rows[2::2]:
+            raise ModelError(f"family {family.name!r} does not fill {name!r} exactly once: it fills {parts}")
+
+
+def _check_tensors(
+    folder: Path, family: Family, slots: Mapping[str, Slot], skeleton: Transformer, stored: Mapping[str, _Stored]
+) -> None:
+    """Name every tensor that is missing, unexpected, misshapen or of a dtype that is not a plain float."""
+    parameters = dict(skeleton.named_parameters())
+    shapes = {
+        name: tuple((parameters[s.parameter] if s.rows is None else parameters[s.parameter][s.rows]).shape)
+        for name, s in slots.items()
+    }
+    missing = [name for name in slots if name not in stored]
+    extra = [n for n in stored if n not in slots and not any(fnmatchcase(n, pattern) for pattern in family.ignored)]
+    there = [(name, stored[name]) for name in slots if name in stored]
+    misshapen = [f"{n!r} is {t.shape}, expected {shapes[n]}" for n, t in there if t.shape != shapes[n]]
+    mistyped = [f"{n!r} is {t.dtype}" for n, t in there if t.dtype not in _STORED]
+    problems = [
+        f"{len(names)} {what}: {_listed(names)}"
+        for what, names in (
+            ("missing", list(map(repr, missing))),
+            ("unexpected", list(map(repr, extra))),
+            ("misshapen", misshapen),
+            (f"of a dtype other than {', '.join(_STORED)}", mistyped),
+        )
+        if names
+    ]
+    if problems:
+        raise ModelError(f"{folder} does not hold the tensors of a {family.name} model: {'; '.join(problems)}")
+
+
+@torch.no_grad()
+def _fill(transformer: Transformer, slots: Mapping[str, Slot], stored: Mapping[str, _Stored]) -> None:
+    parameters = dict(transformer.named_parameters())
+    for file, names in _by_file(slots, stored):
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in names:
+                    slot = slots[name]
+                    target = parameters[slot.parameter]
+                    (target if slot.rows is None else target[slot.rows]).copy_(shard.get_tensor(name))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(_unreadable(file, error)) from error
+
+
+def _by_file(slots: Mapping[str, Slot], stored: Mapping[str, _Stored]) -> Iterator[tuple[Path, list[str]]]:
+    files: dict[Path, list[str]] = {}
+    for name in slots:
+        files.setdefault(stored[name].file, []).append(name)
+    yield from files.items()
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
