@@ -14,3 +14,7 @@ if importlib.util.find_spec("dcache") is None:  # not installed: import from the
     import dcache  # noqa: F401
 
     sys.path.remove(str(ROOT))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--golden", metavar="DIR", help="run the golden tests on another folder of the same format")

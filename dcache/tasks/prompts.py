@@ -1,4 +1,4 @@
-"""Your own prompts: JSON lines such as ``{"prompt": "2 + 3 = ?", "answer": "5", "id": "sum"}``, the last two optional."""
+"""Your own prompts: JSON lines such as ``{"prompt": "2 + 3 = ?", "answer": "5", "id": "a"}``, the last two optional."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,29 @@
+"""The decoding loop: the whole of masked-diffusion decoding, with every choice behind a call."""
+
+from time import perf_counter
+
+from dcache.engine import Engine
+from dcache.state import State
+from dcache.trace import Step
+
+
+def decode(engine: Engine, state: State) -> list[Step]:
+    """Denoise ``state.tokens`` (batch, slots) until no row is masked; return one record per step.
+
+    A sequence without masked rows is finished: none of its rows is computed again and its store is not touched.
+    """
+    policy, unmasker = engine.policy, engine.unmasker
+    engine.begin(state)
+    trace = []
+    while state.active.any():
+        began = perf_counter()
+        ask = state.expect(unmasker.ask(state))  # what may be committed, and how many
+        plan = policy.plan(state)  # which rows are computed
+        seen = engine.run(plan, ask)  # one pass, one sync
+        again = policy.review(state, plan, seen)
+        if again is not None:  # a drift test that fired: the same step once more, from some layer on
+            seen = engine.rerun(again, ask, seen)
+        update = unmasker.settle(state, seen)
+        trace.append(Step.of(state, plan, again, seen, update, engine, perf_counter() - began))
+        state.apply(update, seen)
+    return trace

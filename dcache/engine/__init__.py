@@ -1,0 +1,5 @@
+"""The engine: static buffers, one pass per plan, one sync per pass. It knows no policy and no model family by name."""
+
+from dcache.engine.engine import Engine
+
+__all__ = ["Engine"]

@@ -1,0 +1,387 @@
+"""Runs plans: masks in, one captured-style pass on the device, one sync, results out.
+
+Everything a pass reads is in static buffers that one upload fills, and everything it produces comes back in one
+download; between the two there is no host decision. `Executor` is the place where a pass is run: eagerly, or recorded
+once per key and replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcache.arrays import Bools, Ints, positions
+from dcache.engine.checks import Checks
+from dcache.engine.layer import Boards, Books, Layer, Pass
+from dcache.engine.network import Network, Stores
+from dcache.engine.packet import Packet, fields_of
+from dcache.errors import NumericsError, UnmaskerError
+from dcache.kernels.rows import put, take
+from dcache.models.transformer import Transformer
+from dcache.policy import CachePolicy, Plan
+from dcache.state import Seen, State
+from dcache.unmasking.base import Ask, Asked, Unmasker
+
+GPU_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Executor(Protocol):
+    """Runs the device work of a pass, which touches static buffers only."""
+
+    def __call__(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Run `work`, or a recording of it made earlier under the same key."""
+
+
+def eager(key: Hashable, work: Callable[[], None]) -> None:
+    """Run the work as it stands."""
+    work()
+
+
+@dataclass
+class Prepared:
+    """The buffers of one kind of pass and shape."""
+
+    inputs: Packet
+    current: Pass
+    outputs: Packet | None = None
+
+
+@dataclass
+class Count:
+    """What the passes of one step computed.
+
+    Attributes:
+        rows: (layers, batch) int64 row-layers that ran a query.
+        kv_rows: (layers, batch) int64 row-layers whose K or V were projected.
+        passes: 1, or 2 in a reviewed step.
+        maps: "rows" and "kv_rows" to (layers, batch, slots) bool, when asked for.
+    """
+
+    rows: Ints
+    kv_rows: Ints
+    passes: int = 0
+    maps: dict[str, Bools] = field(default_factory=dict)
+
+
+class Engine:
+    """A model, a policy and an unmasker, ready to run steps.
+
+    Args:
+        model: the transformer.
+        policy: which rows are computed.
+        unmasker: which positions are committed.
+        buckets: sizes to which row lists are padded; () takes exact sizes, the default on a CPU.
+        executor: how a pass is run.
+        maps: keep a recompute map (layers, batch, slots) of every step.
+        debug: fill stores with NaN first, so that reading what nobody wrote shows.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        policy: CachePolicy,
+        unmasker: Unmasker,
+        *,
+        buckets: Sequence[int] | None = None,
+        executor: Executor = eager,
+        maps: bool = False,
+        debug: bool = False,
+    ):
+        self.model, self.policy, self.unmasker = model, policy, unmasker
+        self.buckets = (GPU_BUCKETS if model.device.type == "cuda" else ()) if buckets is None else tuple(buckets)
+        self.executor, self.maps, self.debug = executor, maps, debug
+        self._shape: tuple[int, int] | None = None
+
+    @property
+    def label(self) -> str:
+        """The policy as errors name it."""
+        return repr(self.policy.name or type(self.policy).__name__)
+
+    @property
+    def store_bytes(self) -> dict[str, int]:
+        """Bytes held by the stores, by name."""
+        return self.stores.n_bytes
+
+    @torch.inference_mode()
+    def begin(self, state: State) -> None:
+        """Make room for a batch and forget the last one. Buffers are kept while batch and slots stay the same."""
+        self.state = state
+        extra = self.policy.stores(state.spec)
+        if self._shape != (state.batch, state.slots):
+            self._allocate(state.batch, state.slots, extra)
+        else:
+            self.stores.clear(self.debug)
+        self.checks = Checks(self.label, state, frozenset(extra))
+        self.policy.begin(self.network, state)
+        self.unmasker.begin(self.network, state)
+
+    def _allocate(self, batch: int, slots: int, extra: dict[str, int]) -> None:
+        model, device = self.model, self.model.device
+        self.stores = Stores(model, batch, slots, extra, self.debug)
+        self.boards = Boards(model.spec.n_layers, batch, slots, device, self.maps)
+        self.layers = [Layer(model, block, i, self.stores, self.boards) for i, block in enumerate(model.blocks())]
+        self.network = Network(model, self.layers, batch, slots)
+        self.top = torch.zeros(batch, slots + 1, model.spec.d_model, device=device, dtype=model.dtype)
+        self.have = torch.zeros(batch, slots + 1, device=device, dtype=torch.bool)
+        self._prepared: dict[Hashable, Prepared] = {}
+        self._shape = (batch, slots)
+
+    # -- one step -------------------------------------------------------------------------------------------------
+
+    def run(self, plan: Plan, ask: Ask) -> Seen:
+        """The pass of a step; one sync."""
+        self.checks.progress(ask)
+        self.count = Count(self._zeros(), self._zeros())
+        return self._run(plan, ask, second=False, reports={})
+
+    def rerun(self, plan: Plan, ask: Ask, seen: Seen) -> Seen:
+        """The second pass of a reviewed step: what the first found for other rows and layers stays."""
+        self.checks.second(plan)
+        return self._run(plan, ask, second=True, reports=seen.reports)
+
+    def _zeros(self) -> Ints:
+        return np.zeros((len(self.layers), self.state.batch), dtype=np.int64)
+
+    @torch.inference_mode()
+    def _run(self, plan: Plan, ask: Ask, second: bool, reports: dict[str, np.ndarray]) -> Seen:
+        self.checks.plan(plan, second)
+        key, arrays = self._arrays(plan, ask, second)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            prepared = self._prepared[key] = self._prepare(plan, ask, arrays)
+        for name, value in arrays.items():
+            prepared.inputs.host[name][...] = value
+        if isinstance(plan.visible, Tensor):
+            prepared.inputs.device["visible"].copy_(self._shaped(plan.visible))
+        prepared.inputs.upload()
+        if prepared.outputs is None:
+            results = self._forward(prepared, second)
+            prepared.outputs = Packet(fields_of(results), self.model.device)
+            self._deliver(prepared, results)
+        else:
+            self.executor(key, lambda: self._deliver(prepared, self._forward(prepared, second)))
+        prepared.outputs.download()
+        return self._seen(prepared, arrays, reports, second)
+
+    # -- host to device -------------------------------------------------------------------------------------------
+
+    def _width(self, mask: Bools, most: int) -> int:
+        """Padded width of a row list: exact without buckets, 0 stays 0."""
+        n = int(mask.sum(1).max())
+        if n == 0 or not self.buckets:
+            return n
+        return min(next((size for size in self.buckets if size >= n), most), most)
+
+    def _arrays(self, plan: Plan, ask: Ask, second: bool) -> tuple[Hashable, dict[str, np.ndarray]]:
+        """Everything the pass reads, as host arrays, and the key of its kind and shapes."""
+        state, slots = self.state, self.state.slots
+        part = state.active if plan.start is None else state.active & (plan.start < state.spec.n_layers)
+        rows = plan.row_mask & state.valid & part[:, None]
+        read = ask.window if ask.read is None else ask.read
+        if plan.watch is not None:
+            read = read | (plan.watch & state.valid)
+        read = read & state.active[:, None]
+        where = positions(read, max(self._width(read, slots), 1), slots)
+        arrays: dict[str, np.ndarray] = {
+            "tokens": np.pad(state.tokens, ((0, 0), (0, 1))),
+            "rows": positions(rows, max(self._width(rows, slots), 1), slots),
+            "live": part,
+            "where": where,
+            "window": np.take_along_axis(np.pad(ask.window, ((0, 0), (0, 1))), where, 1),
+            "sequence": state.ids[:, None],
+            "step": state.step[:, None],
+        }
+        if plan.start is not None:
+            arrays["start"] = plan.start.astype(np.int64)
+        for name, mask in plan.sets.items():
+            mask = mask & state.valid & part[:, None]
+            arrays[f"set {name}"] = positions(mask, self._width(mask, slots), slots)
+        for name, flag in plan.flags.items():
+            arrays[f"flag {name}"] = self._with_dump(flag)
+        for name, flag in ask.flags.items():
+            arrays[f"ask {name}"] = np.take_along_axis(self._with_dump(flag), where, 1) if flag.ndim == 2 else flag
+        hidden = plan.visible is not None or not state.valid.all()
+        if hidden and not isinstance(plan.visible, Tensor):
+            seen = state.valid[:, None] if plan.visible is None else self._shaped(plan.visible) & state.valid[:, None]
+            arrays["visible"] = seen
+        shapes = tuple((name, value.shape, value.dtype.str) for name, value in arrays.items())
+        first_layer = 0 if plan.start is None else int(plan.start[part].min(initial=state.spec.n_layers))
+        device_mask = tuple(plan.visible.shape) if isinstance(plan.visible, Tensor) else None
+        return (plan.kind, second, first_layer, device_mask, shapes), arrays
+
+    def _with_dump(self, flag: np.ndarray) -> np.ndarray:
+        return np.pad(flag, ((0, 0), (0, 1))) if flag.shape == self.state.valid.shape else flag
+
+    @staticmethod
+    def _shaped(visible: np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """(batch, slots) -> (batch, 1, slots); (layers, batch, heads, slots) stays."""
+        return visible[:, None] if visible.ndim == 2 else visible
+
+    def _prepare(self, plan: Plan, ask: Ask, arrays: dict[str, np.ndarray]) -> Prepared:
+        fields = [(name, tuple(value.shape), value.dtype) for name, value in arrays.items()]
+        if isinstance(plan.visible, Tensor):
+            fields.append(("visible", tuple(self._shaped(plan.visible).shape), np.dtype(bool)))
+        packet = Packet(fields, self.model.device)
+        side = packet.device
+        current = Pass(
+            kind=plan.kind,
+            rows=side["rows"],
+            live=side["live"],
+            start=side.get("start"),
+            sets={name: side[f"set {name}"] for name in plan.sets},
+            flags={name: side[f"flag {name}"] for name in plan.flags},
+            visible=side.get("visible"),
+            books=Books({}),
+        )
+        return Prepared(packet, current)
+
+    # -- the pass: device work on static buffers ------------------------------------------------------------------
+
+    def _forward(self, prepared: Prepared, second: bool) -> dict[str, Tensor]:
+        """Embed, layers, head, pick. No host decision depends on a tensor here."""
+        current, side = prepared.current, prepared.inputs.device
+        current.books.planned = {name: [0] * len(self.layers) for name in ("rows", "kv_rows")}
+        current.books.on_device, current.books.reports = False, []
+        if not second:
+            self.have.zero_()
+        self.boards.clear()
+        rows, h = current.rows, self.model.embed(side["tokens"].gather(1, current.rows))
+        for layer in self.layers:
+            planned, live = current.rows, current.live
+            if current.start is not None:
+                planned, h, live = self._enter(current, layer, h)
+                rows = planned
+            layer.enter(current, planned, live)
+            out_rows, out_h = self.policy.layer(layer, rows, h)
+            self.checks.stream(layer.index, out_rows, out_h, h, fixed=current.start is not None)
+            rows, h = out_rows, out_h
+        put(self.top, rows, h)
+        self.have.scatter_(1, rows, True)
+        return self._read(prepared)
+
+    def _enter(self, current: Pass, layer: Layer, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A pass with `start`: sequences that have not begun point at the dump slot, those that begin read "H"."""
+        assert current.start is not None
+        live = current.live & (current.start <= layer.index)
+        rows = torch.where(live[:, None], current.rows, layer.dump)
+        if layer.index > 0:
+            begins = (current.start == layer.index)[:, None, None]
+            h = torch.where(begins, layer.stored("H", rows), h)
+        return rows, h, live
+
+    def _read(self, prepared: Prepared) -> dict[str, Tensor]:
+        side, slots, spec = prepared.inputs.device, self.network.slots, self.model.spec
+        where = side["where"]
+        real = where < slots
+        row = torch.where(real, (where - spec.shift).clamp_min(0), slots)
+        predicted = self.have.gather(1, row) & real
+        logits = self.model.logits(take(self.top, row))
+        asked = Asked(
+            where=where,
+            predicted=predicted,
+            eligible=predicted & side["window"],
+            sequence=side["sequence"],
+            step=side["step"],
+            mask_id=spec.mask_id,
+            eos_id=spec.eos_id,
+            end_ids=spec.end_ids,
+            flags={name.removeprefix("ask "): x for name, x in side.items() if name.startswith("ask ")},
+        )
+        picks = self.unmasker.pick(logits, asked)
+        results = {
+            "tokens": torch.where(predicted, picks.tokens, -1),
+            "confidence": picks.confidence.to(torch.float32).masked_fill(~predicted, float("-inf")),
+            "commit": picks.commit,
+            "eligible": asked.eligible,
+            "remask": torch.zeros_like(real) if picks.remask is None else picks.remask & real,
+            "bad": (~logits.isfinite().all(-1) & predicted).any(-1),
+        }
+        books = prepared.current.books
+        results |= {f"report {name}": self.boards.reports[name] for name in books.reports}
+        if books.on_device:
+            results |= {f"count {name}": x for name, x in self.boards.counters.items()}
+        return results | {f"map {name}": x for name, x in self.boards.maps.items()}
+
+    @staticmethod
+    def _deliver(prepared: Prepared, results: dict[str, Tensor]) -> None:
+        assert prepared.outputs is not None
+        for name, x in results.items():
+            prepared.outputs.device[name].copy_(x)
+
+    # -- device to host -------------------------------------------------------------------------------------------
+
+    def _seen(
+        self, prepared: Prepared, arrays: dict[str, np.ndarray], reports: dict[str, np.ndarray], second: bool
+    ) -> Seen:
+        assert prepared.outputs is not None
+        out, state, where = prepared.outputs.host, self.state, arrays["where"]
+        if out["bad"].any():
+            self._blame(prepared, second, int(out["bad"].argmax()))
+        if (out["commit"] & ~out["eligible"]).any():
+            b, i = (int(x[0]) for x in np.nonzero(out["commit"] & ~out["eligible"]))
+            raise UnmaskerError(
+                f"unmasker {self.unmasker.name or type(self.unmasker).__name__!r}, step {int(state.step.max())}: "
+                f"picked position {where[b, i]} of sequence {b}, which was not predicted or is outside the window"
+            )
+        self._account(prepared, arrays, out)
+        computed = arrays["rows"]
+        np.put_along_axis(written := np.pad(self.checks.written, ((0, 0), (0, 1))), computed, True, 1)
+        self.checks.written = written[:, :-1]
+
+        def spread(name: str, blank: object, kind: type) -> np.ndarray:
+            table = np.full((state.batch, state.slots + 1), blank, dtype=kind)
+            np.put_along_axis(table, where, out[name], 1)
+            return table[:, :-1]
+
+        fresh = {n.removeprefix("report "): x.copy() for n, x in out.items() if n.startswith("report ")}
+        return Seen(
+            tokens=spread("tokens", -1, np.int64),
+            taken=spread("commit", False, np.bool_),
+            confidence=spread("confidence", -np.inf, np.float32),
+            remask=spread("remask", False, np.bool_),
+            reports=reports | fresh,
+        )
+
+    def _account(self, prepared: Prepared, arrays: dict[str, np.ndarray], out: dict[str, np.ndarray]) -> None:
+        n_rows = (arrays["rows"] < self.state.slots).sum(1)  # (batch,)
+        layers = np.arange(len(self.layers))[:, None]
+        runs = layers >= arrays["start"] if "start" in arrays else np.ones_like(layers, dtype=bool)
+        books = prepared.current.books
+        for name, total in (("rows", self.count.rows), ("kv_rows", self.count.kv_rows)):
+            total += np.array(books.planned[name])[:, None] * runs * n_rows
+            if books.on_device:
+                total += out[f"count {name}"]
+            if self.maps:
+                now = out[f"map {name}"][:, :, :-1].astype(bool)
+                self.count.maps[name] = self.count.maps[name] | now if name in self.count.maps else now.copy()
+        self.count.passes += 1
+
+    def _blame(self, prepared: Prepared, second: bool, sequence: int) -> None:
+        """Run the pass once more, layer by layer, to name the first layer whose output is not finite."""
+        culprit = "the head"
+        inner = self.policy.layer
+        found: list[int] = []
+
+        def watched(at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            rows, h = inner(at, rows, h)
+            real = (rows < at.dump)[sequence]
+            if not found and not bool(h[sequence][real].isfinite().all()):
+                found.append(at.index)
+            return rows, h
+
+        self.policy.layer = watched  # type: ignore[method-assign]
+        try:
+            self._forward(prepared, second)
+        finally:
+            del self.policy.layer
+        if found:
+            culprit = f"layer {found[0]}"
+        raise NumericsError(
+            f"policy {self.label}, step {int(self.state.step[sequence])}, sequence {sequence}: the logits are not "
+            f"finite, first in {culprit}; check the weights and dtype, or the policy's stores"
+        )

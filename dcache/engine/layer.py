@@ -1,0 +1,275 @@
+"""What a cache policy composes a layer from: every method is fixed-shape device work, safe under capture."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dcache.engine.network import Stores
+from dcache.kernels.attend import attend
+from dcache.kernels.attention_probs import head_mean, probs, received
+from dcache.kernels.drift import drift
+from dcache.kernels.rotary import rotary
+from dcache.kernels.rows import put, take
+from dcache.models.transformer import Block, Transformer
+
+
+@dataclass
+class Books:
+    """What one kind of pass is known to compute, found out at its first, eager run.
+
+    `planned` counts the calls that worked on exactly the rows of the plan, whose number the host knows; the other
+    calls are counted by the device in `counters`.
+    """
+
+    planned: dict[str, list[int]]
+    on_device: bool = False
+    reports: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Pass:
+    """The device side of one pass; the same tensors at every replay.
+
+    Attributes:
+        kind: of the plan.
+        rows: (batch, n) int64, padded with the dump slot.
+        live: (batch,) bool: sequences that take part.
+        start: (batch,) int64 first layer of each sequence, or None when all start from the embedding.
+        sets: name to (batch, k) int64.
+        flags: name to tensor.
+        visible: (batch, 1, slots) or (layers, batch, 1 or kv_heads, slots) bool, or None when no key is hidden.
+        books: the accounts of this kind of pass.
+    """
+
+    kind: Hashable
+    rows: Tensor
+    live: Tensor
+    start: Tensor | None
+    sets: Mapping[str, Tensor]
+    flags: Mapping[str, Tensor]
+    visible: Tensor | None
+    books: Books
+
+
+class Boards:
+    """Device buffers that layers write and the engine reads: reports, and counters of computed rows.
+
+    Attributes:
+        reports: name to (layers, batch, ...) or (batch, ...).
+        counters: "rows" and "kv_rows" to (layers, batch) int64.
+        maps: the same names to (layers, batch, slots + 1) bool when the recompute map was asked for.
+    """
+
+    def __init__(self, layers: int, batch: int, slots: int, device: torch.device, maps: bool):
+        self.layers = layers
+        self.reports: dict[str, Tensor] = {}
+        self.counters = {
+            name: torch.zeros(layers, batch, dtype=torch.int64, device=device) for name in ("rows", "kv_rows")
+        }
+        self.maps = (
+            {
+                name: torch.zeros(layers, batch, slots + 1, dtype=torch.bool, device=device)
+                for name in ("rows", "kv_rows")
+            }
+            if maps
+            else {}
+        )
+
+    def clear(self) -> None:
+        """Device work at the start of a pass."""
+        for x in (*self.counters.values(), *self.maps.values()):
+            x.zero_()
+
+
+class Layer:
+    """One transformer layer over the stores; `at` in a policy.
+
+    Positions are int64 (batch, n), padded with the dump slot. Statistics run over the visible keys and have a last
+    column for the dump slot, always 0, so that they can be gathered by padded positions.
+
+    Attributes:
+        index: number of the layer, from 0.
+        last: whether it is the last one.
+        dump: number of the dump slot.
+        q: (batch, heads, n, head_dim) queries of the latest `refresh` in this layer.
+    """
+
+    def __init__(self, model: Transformer, block: Block, index: int, stores: Stores, boards: Boards):
+        self.index, self.last, self.dump = index, index == model.spec.n_layers - 1, stores.slots
+        self.spec = model.spec
+        self._model, self._block, self._boards = model, block, boards
+        self._stores = {name: layers[index] for name, layers in stores.tensors.items()}
+        self._pass: Pass | None = None
+        self._stream: Tensor | None = None
+        self._live: Tensor | None = None
+        self.q: Tensor | None = None
+
+    def enter(self, current: Pass, rows: Tensor, live: Tensor) -> None:
+        """Engine only: the pass this layer takes part in, the rows of its plan here, and the live sequences."""
+        self._pass, self._stream, self._live, self.q = current, rows, live, None
+
+    @property
+    def now(self) -> Pass:
+        """The pass that runs."""
+        assert self._pass is not None, "a layer was used outside a pass"
+        return self._pass
+
+    @property
+    def kind(self) -> Hashable:
+        """`Plan.kind` of this pass."""
+        return self.now.kind
+
+    @property
+    def sets(self) -> Mapping[str, Tensor]:
+        """`Plan.sets` as ascending positions (batch, k), padded with the dump slot."""
+        return self.now.sets
+
+    @property
+    def flags(self) -> Mapping[str, Tensor]:
+        """`Plan.flags` as tensors; (batch, slots) flags have a last column of 0 for the dump slot."""
+        return self.now.flags
+
+    @property
+    def live(self) -> Tensor:
+        """(batch,) bool: sequences that run this layer in this pass."""
+        assert self._live is not None
+        return self._live
+
+    @property
+    def visible(self) -> Tensor | None:
+        """(batch, 1 or kv_heads, slots) bool, or None when no key is hidden."""
+        visible = self.now.visible
+        return visible[self.index] if visible is not None and visible.dim() == 4 else visible
+
+    # -- an ordinary layer is these three calls -------------------------------------------------------------------
+
+    def compute(self, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The default layer: fresh K and V at `rows`, attention over all visible keys, MLP."""
+        q = self.refresh(rows, h)
+        return rows, self.finish(h, self.attend(rows, q))
+
+    def refresh(self, rows: Tensor, h: Tensor) -> Tensor:
+        """Project rows and overwrite their K and V; keep H and Q if the policy stores them.
+
+        Args:
+            rows: (batch, n).
+            h: (batch, n, d_model), input of the layer.
+
+        Returns:
+            queries (batch, heads, n, head_dim), rotated.
+        """
+        if "H" in self._stores:
+            self.store("H", rows, h)
+        q, k, v = self.project(rows, h)
+        if "Q" in self._stores:
+            self.store("Q", rows, q)
+        self.write(rows, k, v)
+        self.q = q
+        return q
+
+    def attend(self, rows: Tensor, q: Tensor) -> Tensor:
+        """Attention of `q` (batch, heads, n, head_dim) over the visible keys: (batch, n, heads * head_dim).
+
+        Counts `rows` as computed.
+        """
+        self._count("rows", rows)
+        return attend(q, *self._keys(), self.visible).transpose(1, 2).flatten(2)
+
+    def finish(self, h: Tensor, o: Tensor) -> Tensor:
+        """Output projection, residual, MLP, residual: (batch, n, d_model)."""
+        h = h + self.output(o)
+        return h + self.ffn(h)
+
+    # -- the pieces, for layers that keep some outputs ------------------------------------------------------------
+
+    def normed(self, h: Tensor) -> Tensor:
+        """Input of the attention projections."""
+        return self._block.normed(h)
+
+    def project(self, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (batch, heads, n, head_dim), k and v (batch, kv_heads, n, head_dim) of layer inputs; q and k rotated."""
+        return self._block.project(self._block.normed(h), *self._model.angles(rows))
+
+    def value(self, h: Tensor) -> Tensor:
+        """v alone: (batch, kv_heads, n, head_dim)."""
+        return self._block.value(self._block.normed(h))
+
+    def rope(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate heads (batch, heads, n, head_dim) by `positions` (batch, n)."""
+        return rotary(x, *self._model.angles(positions), self.spec.rope_full_precision)
+
+    def write(self, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """Overwrite K and V at `rows`; counts them as projected."""
+        self._count("kv_rows", rows)
+        put(self._stores["K"], rows, k)
+        put(self._stores["V"], rows, v)
+
+    def output(self, o: Tensor) -> Tensor:
+        """Output projection: (batch, n, heads * head_dim) -> (batch, n, d_model)."""
+        return self._block.output(o)
+
+    def ffn(self, h: Tensor) -> Tensor:
+        """Increment of the MLP, its norm included."""
+        return self._block.ffn(h)
+
+    def stored(self, name: str, rows: Tensor) -> Tensor:
+        """Stored values at `rows`: "K", "V", "Q" as (batch, heads, n, head_dim), others as (batch, n, width)."""
+        return take(self._stores[name], rows)
+
+    def store(self, name: str, rows: Tensor, x: Tensor) -> None:
+        """Overwrite a store of the policy's own at `rows`, in the shape that `stored` returns."""
+        put(self._stores[name], rows, x)
+
+    # -- statistics over visible keys -----------------------------------------------------------------------------
+
+    def probs(self, q: Tensor) -> Tensor:
+        """Attention probabilities of queries: (batch, heads, n, slots + 1) float32; for small sets."""
+        return pad(probs(q, self._keys()[0], self.visible), (0, 1))
+
+    def received(self, q: Tensor, weight: Tensor) -> Tensor:
+        """Attention per key, summed over heads and weighted rows: `weight` (batch, n) -> (batch, slots + 1) float32."""
+        return pad(received(q, self._keys()[0], weight, self.visible), (0, 1))
+
+    def head_mean(self, q: Tensor) -> Tensor:
+        """Attention rows averaged over heads: (batch, n, slots + 1) float32."""
+        return pad(head_mean(q, self._keys()[0], self.visible), (0, 1))
+
+    def similarity(self, past: Tensor, now: Tensor, rows: Tensor, over: str) -> Tensor:
+        """Mean cosine of two results of `probs` for the real ones of `rows`: (batch,); see `dcache.kernels.drift`."""
+        return drift(past[..., :-1], now[..., :-1], rows < self.dump, self.visible, over)
+
+    def report(self, name: str, x: Tensor, per_layer: bool = True) -> None:
+        """Hand `x` (batch, ...) to the host with the picks, for the sequences that run this layer.
+
+        It arrives as ``seen.reports[name]``: (layers, batch, ...), or (batch, ...) with ``per_layer=False``.
+        """
+        board = self._boards.reports.get(name)
+        if board is None:  # the eager run before any capture allocates it
+            shape = (self._boards.layers, *x.shape) if per_layer else x.shape
+            board = self._boards.reports[name] = torch.zeros(shape, dtype=x.dtype, device=x.device)
+        if name not in self.now.books.reports:
+            self.now.books.reports.append(name)
+        place = board[self.index] if per_layer else board
+        live = self.live.reshape(-1, *([1] * (x.dim() - 1)))
+        place.copy_(torch.where(live, x, place))
+
+    # -------------------------------------------------------------------------------------------------------------
+
+    def _keys(self) -> tuple[Tensor, Tensor]:
+        """K and V without the dump slot: (batch, kv_heads, slots, head_dim)."""
+        return self._stores["K"][:, :, : self.dump], self._stores["V"][:, :, : self.dump]
+
+    def _count(self, name: str, rows: Tensor) -> None:
+        books = self.now.books
+        if rows is self._stream:  # exactly the rows of the plan: the host counts them
+            books.planned[name][self.index] += 1
+        else:
+            books.on_device = True
+            self._boards.counters[name][self.index] += (rows < self.dump).sum(-1)
+        if self._boards.maps:
+            self._boards.maps[name][self.index].scatter_(1, rows, True)

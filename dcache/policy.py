@@ -1,0 +1,153 @@
+"""The contract of a cache policy.
+
+The key/value store has one slot per position. A policy is a schedule of recomputed rows: a row that is not recomputed
+keeps its last key and value; nothing is renumbered, moved or concatenated. There are two depths. On the host, between
+steps, `plan` says *which rows* with boolean masks. On the device, inside a step, `layer` may say *what a layer does*,
+by composing the same primitives as the default layer. ``docs/explanation/contract.md`` walks real methods through it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from dcache.arrays import Bools, Ints
+from dcache.models.transformer import ModelSpec
+from dcache.state import Seen, State
+
+if TYPE_CHECKING:
+    from dcache.engine.layer import Layer
+    from dcache.engine.network import Network
+
+
+class PolicyConfig(BaseModel):
+    """Knobs of a policy: frozen, unknown fields refused; give each a bound and a description with its unit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows a pass computes, and what its layers need to know. Masks are numpy arrays on the host.
+
+    Attributes:
+        row_mask: (batch, slots) bool. Rows that do not exist and finished sequences are taken out for you.
+        kind: names every Python value that `CachePolicy.layer` branches on; each kind is captured once per shape.
+        start: (batch,) int64: first layer of each sequence, whose input is read from the store "H"; the number of
+            layers means that the sequence sits this pass out. None: all start from the embedding.
+        sets: (batch, slots) bool masks that arrive in the layer as ascending positions ``at.sets[name]`` (batch, k).
+        flags: arrays of shape (batch,), (batch, slots) or (batch, layers), bool, int64 or float32, that arrive as
+            ``at.flags[name]``. A (batch, slots) flag gets a last column of 0 for the dump slot, so that
+            ``flag.gather(1, rows)`` is always legal.
+        visible: (batch, slots) or (layers, batch, 1 or kv_heads, slots) bool: the keys that computed rows attend to;
+            a numpy array, or a tensor that already lives on the device. None: every key of the sequence.
+        watch: (batch, slots) bool: positions whose confidence the policy wants beside those the unmasker reads.
+    """
+
+    row_mask: Bools
+    kind: Hashable = ""
+    start: Ints | None = None
+    sets: Mapping[str, Bools] = field(default_factory=dict)
+    flags: Mapping[str, np.ndarray] = field(default_factory=dict)
+    visible: Bools | Tensor | None = None
+    watch: Bools | None = None
+
+    @staticmethod
+    def all(state: State) -> Plan:
+        """Compute every row of every sequence that is not finished."""
+        return Plan(state.valid)
+
+
+class CachePolicy(ABC):
+    """One cache method. A class is a contract or final: share code through functions.
+
+    Args:
+        config: the knobs; or give them by name, ``Elastic(gamma=0.95)``.
+    """
+
+    class Config(PolicyConfig):
+        """A policy without knobs."""
+
+    name: ClassVar[str] = ""
+    """What users write; set when the policy is registered."""
+    paper: ClassVar[str] = ""
+    """Title and address of the paper, for `dcache policies`."""
+    pairs_with: ClassVar[str | None] = None
+    """The unmasker of the paper, e.g. ``"threshold(threshold=0.9,window=16)"``; used by ``--unmask paired``."""
+
+    config: PolicyConfig
+
+    def __init__(self, config: PolicyConfig | None = None, **knobs: object):
+        self.config = self.Config.model_validate(knobs) if config is None else config
+
+    def stores(self, spec: ModelSpec) -> dict[str, int]:
+        """Stores per layer beside K and V, name to width. "H" (layer input) and "Q" (rotated queries) fill themselves."""
+        return {}
+
+    def begin(self, net: Network, state: State) -> None:
+        """Host, once per batch: forget the past, allocate device tensors. Nothing survives between requests."""
+
+    @abstractmethod
+    def plan(self, state: State) -> Plan:
+        """Host, once per step: which rows are computed."""
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Device, captured: what one layer does with its stream; the pair returned is the stream of the next layer.
+
+        Anything read from Python is frozen at capture: branch only on ``at.index``, ``at.kind``, shapes and knobs.
+
+        Args:
+            at: the layer's weights, stores, sets and flags.
+            rows: (batch, n) int64 positions, ascending, padded with the dump slot ``at.dump``.
+            h: (batch, n, d_model), their hidden states.
+
+        Returns:
+            rows (batch, m) and h (batch, m, d_model).
+        """
+        return at.compute(rows, h)
+
+    def review(self, state: State, plan: Plan, seen: Seen) -> Plan | None:
+        """Host, after the pass was read: a plan to run in the same step, before anything is committed; or None."""
+        return None
+
+
+class Filter(CachePolicy):
+    """A policy about visibility wrapped around a policy about rows: both plans pass through `restrict`."""
+
+    def __init__(self, inner: CachePolicy, config: PolicyConfig | None = None, **knobs: object):
+        super().__init__(config, **knobs)
+        self.inner = inner
+
+    @abstractmethod
+    def restrict(self, state: State, plan: Plan) -> Plan:
+        """Narrow what `plan` computes and sees; `dataclasses.replace` keeps the rest of it."""
+
+    def stores(self, spec: ModelSpec) -> dict[str, int]:
+        """Those of the inner policy."""
+        return self.inner.stores(spec)
+
+    def begin(self, net: Network, state: State) -> None:
+        """Begin the inner policy."""
+        self.inner.begin(net, state)
+
+    def plan(self, state: State) -> Plan:
+        """The inner plan, restricted."""
+        return self.restrict(state, self.inner.plan(state))
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The inner layer."""
+        return self.inner.layer(at, rows, h)
+
+    def review(self, state: State, plan: Plan, seen: Seen) -> Plan | None:
+        """The inner review, restricted: a filter that forgot it would switch a refresh off."""
+        again = self.inner.review(state, plan, seen)
+        return None if again is None else self.restrict(state, again)
+
+
+__all__ = ["CachePolicy", "Filter", "Plan", "PolicyConfig", "Seen", "State"]

@@ -1,0 +1,230 @@
+"""What the host knows of a batch while it is decoded: the mirror of the canvas that `plan` and `ask` read.
+
+The loop alone writes it. Sequences start at slot 0 of their row; a shorter one leaves slots at the end that do not
+exist (`valid` is false there). Every array has shape (batch, slots) or (batch,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dcache.arrays import Bools, Floats, Ints, first
+from dcache.errors import UnmaskerError, UsageError
+from dcache.models.transformer import ModelSpec
+
+if TYPE_CHECKING:
+    from dcache.unmasking.base import Ask, Update
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the last pass of a step brought back to the host.
+
+    Attributes:
+        tokens: (batch, slots) int64 candidate, -1 where nothing was predicted.
+        taken: (batch, slots) bool, picked by the unmasker.
+        confidence: (batch, slots) float32 before priors, -inf where nothing was predicted.
+        remask: (batch, slots) bool, committed rows that the unmasker puts back to the mask.
+        reports: what the policy's layers reported in this step, by name: (layers, batch, ...), or (batch, ...).
+    """
+
+    tokens: Ints
+    taken: Bools
+    confidence: Floats
+    remask: Bools
+    reports: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def predicted(self) -> Bools:
+        """(batch, slots) bool: positions that have a candidate."""
+        return self.tokens >= 0
+
+
+class State:
+    """The canvas of a batch and how far its decoding has come.
+
+    Args:
+        spec: the model's sizes and ids.
+        prompts: token ids of each prompt; they may differ in length.
+        gen_length: masked rows after each prompt, one number or one per sequence.
+        block_length: rows of a semi-autoregressive block, left to right; None makes the generation one block.
+        ids: number of each sequence within the run, part of the seed of its noise; 0, 1, ... by default. A batch
+            gives the same tokens as single runs because the noise depends on this number and not on the batch.
+        slots: width of the canvas; the longest sequence by default.
+
+    Attributes:
+        tokens: (batch, slots) int64.
+        valid: (batch, slots) bool: the slot belongs to the sequence.
+        prompt: (batch, slots) bool: the slot is prompt.
+        masked: (batch, slots) bool: still to decode. A list of its own, not ``tokens == mask_id``: rows dropped
+            behind an end-of-text hold the mask and are not decoded, and a model may predict the mask id.
+        changed: (batch, slots) bool: token written by the previous step (committed or re-masked).
+        window: (batch, slots) bool: what the unmasker may commit in this step.
+        block: (batch, slots) bool: current block, decoded rows included.
+        step: (batch,) int64: steps done by this sequence.
+        block_step: (batch,) int64: steps since its block began; 0 in the first pass of a block.
+        seen: results of the previous step; None before the first.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        prompts: Sequence[Sequence[int]],
+        gen_length: int | Sequence[int],
+        block_length: int | None = None,
+        ids: Sequence[int] | None = None,
+        slots: int | None = None,
+    ):
+        batch = len(prompts)
+        lengths = np.array([len(p) for p in prompts], dtype=np.int64)
+        gen = np.broadcast_to(np.asarray(gen_length, dtype=np.int64), (batch,)).copy()
+        total = lengths + gen
+        self._check(spec, lengths, gen, block_length)
+        slots = int(total.max()) if slots is None else slots
+        place = np.arange(slots)
+        self.spec = spec
+        self.ids = np.arange(batch, dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
+        self.lengths, self.gen_start, self.gen_length = total, lengths, gen
+        self.block_length = block_length
+        self.valid: Bools = place < total[:, None]
+        self.prompt: Bools = place < lengths[:, None]
+        self.tokens: Ints = np.full((batch, slots), spec.mask_id, dtype=np.int64)
+        for b, ids_ in enumerate(prompts):
+            self.tokens[b, : len(ids_)] = ids_
+        self.masked: Bools = self.valid & ~self.prompt
+        self.changed: Bools = np.zeros_like(self.valid)
+        self.window: Bools = np.zeros_like(self.valid)
+        self.step: Ints = np.zeros(batch, dtype=np.int64)
+        self.block_step: Ints = np.zeros(batch, dtype=np.int64)
+        self.block: Bools = np.zeros_like(self.valid)
+        self.seen: Seen | None = None
+        self._own_blocks = False
+        self._block_start = np.full(batch, -1, dtype=np.int64)
+        self._enter(self._fixed_block())
+
+    @staticmethod
+    def _check(spec: ModelSpec, lengths: Ints, gen: Ints, block_length: int | None) -> None:
+        if len(lengths) == 0:
+            raise UsageError("there is no prompt to decode; give at least one")
+        if (lengths < 1).any():
+            raise UsageError(f"prompt {int((lengths < 1).argmax())} is empty; a canvas needs at least one prompt token")
+        if (gen < 1).any():
+            raise UsageError(f"gen_length is {int(gen.min())}; it must be at least 1")
+        if block_length is not None and (block_length < 1 or (gen % block_length).any()):
+            bad = int(gen[(gen % max(block_length, 1) != 0)][0]) if block_length > 0 else int(gen[0])
+            raise UsageError(
+                f"gen_length {bad} is not divisible by block_length {block_length}; "
+                "blocks are equal spans, so choose a divisor"
+            )
+        longest = int((lengths + gen).argmax())
+        if lengths[longest] + gen[longest] > spec.max_positions:
+            raise UsageError(
+                f"prompt {longest} has {lengths[longest]} tokens and gen_length is {gen[longest]}: "
+                f"{lengths[longest] + gen[longest]} positions, but the model was built for {spec.max_positions}; "
+                "shorten the prompt or gen_length"
+            )
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.tokens.shape[0]
+
+    @property
+    def slots(self) -> int:
+        """Width of the canvas."""
+        return self.tokens.shape[1]
+
+    @property
+    def active(self) -> Bools:
+        """(batch,) bool: sequences that still have something to decode."""
+        active: Bools = self.masked.any(1)
+        return active
+
+    @property
+    def needed(self) -> Bools:
+        """(batch, slots) bool: the rows whose logits predict the window."""
+        return self.rows_for(self.window)
+
+    def rows_for(self, positions: Bools) -> Bools:
+        """Rows whose logits predict `positions` (batch, slots): the same, or each one `spec.shift` to the left.
+
+        Position 0 is predicted by row 0. Positions that do not exist are dropped before the shift, so that a mask
+        that runs into another sequence's padding cannot add a row.
+        """
+        rows: Bools = positions & self.valid
+        for _ in range(self.spec.shift):
+            rows = np.concatenate([rows[:, :1] | rows[:, 1:2], rows[:, 2:], np.zeros_like(rows[:, :1])], axis=1)
+        return rows
+
+    def expect(self, ask: Ask) -> Ask:
+        """Take over what the unmasker asks for in this step; returns it, checked."""
+        for name, mask in (("window", ask.window), ("block", ask.block), ("read", ask.read)):
+            if mask is not None and (mask.shape != self.valid.shape or mask.dtype != np.bool_):
+                raise UnmaskerError(
+                    f"Ask.{name} has shape {mask.shape} and dtype {mask.dtype}, "
+                    f"expected (batch={self.batch}, slots={self.slots}) bool"
+                )
+        if (ask.window & ~self.masked).any():
+            b, p = (int(i[0]) for i in np.nonzero(ask.window & ~self.masked))
+            raise UnmaskerError(f"the window of sequence {b} holds position {p}, which is not masked")
+        self.window = ask.window
+        if ask.block is not None:  # blocks of the unmasker's own, from now on
+            if not self._own_blocks:
+                self._own_blocks, self._block_start = True, np.full(self.batch, -1, dtype=np.int64)
+            self._enter(ask.block)
+        return ask
+
+    def apply(self, update: Update, seen: Seen) -> None:
+        """Write what the step decided and move on: tokens, masked, changed, step and block."""
+        active = self.active
+        self._check_update(update)
+        self.changed = update.commit | update.remask
+        self.tokens = np.where(update.commit, update.tokens, self.tokens)
+        self.tokens = np.where(update.remask, self.spec.mask_id, self.tokens)
+        self.masked = (self.masked & ~update.commit & ~update.drop) | update.remask
+        self.step = self.step + active
+        self.seen = seen
+        if not self._own_blocks:
+            self._enter(self._fixed_block())
+
+    def _check_update(self, update: Update) -> None:
+        b = p = 0
+
+        def found(mask: Bools) -> bool:
+            nonlocal b, p
+            if mask.any():
+                b, p = (int(i[0]) for i in np.nonzero(mask))
+                return True
+            return False
+
+        if found(update.commit & ~self.window):
+            raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} was committed outside the window")
+        if found(update.commit & (update.tokens == self.spec.mask_id)):
+            raise UnmaskerError(f"step {self.step[b]}, sequence {b}: the mask token was committed at position {p}")
+        if found(update.commit & ((update.tokens < 0) | (update.tokens >= self.spec.vocab_size))):
+            raise UnmaskerError(
+                f"step {self.step[b]}, sequence {b}: token {update.tokens[b, p]} was committed at position {p}; "
+                f"the vocabulary has {self.spec.vocab_size} ids, and -1 means that the position was not predicted"
+            )
+        if found(update.remask & (self.prompt | ~self.valid)):
+            raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} is not generated, yet re-masked")
+
+    def _fixed_block(self) -> Bools:
+        """The block of the leftmost masked row of each sequence; empty for finished ones."""
+        if self.block_length is None:
+            return (self.valid & ~self.prompt) & self.active[:, None]
+        place = np.arange(self.slots)
+        start = first(self.masked, self.slots)
+        number = (start - self.gen_start) // self.block_length
+        begin = (self.gen_start + number * self.block_length)[:, None]
+        block: Bools = (place >= begin) & (place < begin + self.block_length) & self.active[:, None]
+        return block
+
+    def _enter(self, block: Bools) -> None:
+        start = first(block, -1)
+        self.block_step = np.where(start == self._block_start, self.block_step + 1, 0)
+        self.block, self._block_start = block, start

@@ -1,0 +1,86 @@
+"""The record of a run: what each denoising step computed and committed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dcache.arrays import Bools, Ints
+from dcache.policy import Plan
+from dcache.state import Seen, State
+from dcache.unmasking.base import Update
+
+if TYPE_CHECKING:
+    from dcache.engine import Engine
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step of a batch.
+
+    Attributes:
+        step: (batch,) int64 number of the step in each sequence, from 0.
+        active: (batch,) bool: sequences that took part.
+        refresh: (batch,) bool: every row of the sequence was computed in at least one layer.
+        kind: of the plan.
+        rows: (batch, slots) bool rows of the plan that were computed.
+        again: (batch, slots) bool rows of the second pass; None without one.
+        start: (batch,) int64 first layer of the second pass; None without one.
+        commit: (batch, slots) bool.
+        tokens: (batch, slots) int64 candidates, -1 where nothing was predicted.
+        confidence: (batch, slots) float32 of the candidates.
+        drop: (batch, slots) bool rows taken off the list undecoded.
+        remask: (batch, slots) bool.
+        row_layers: (layers, batch) int64 row-layers that ran a query, both passes.
+        kv_row_layers: (layers, batch) int64 row-layers whose K or V were projected.
+        reports: what the policy's layers reported.
+        maps: recompute maps, when asked for.
+        seconds: wall time of the step, its sync included.
+    """
+
+    step: Ints
+    active: Bools
+    refresh: Bools
+    kind: object
+    rows: Bools
+    again: Bools | None
+    start: Ints | None
+    commit: Bools
+    tokens: Ints
+    confidence: np.ndarray
+    drop: Bools
+    remask: Bools
+    row_layers: Ints
+    kv_row_layers: Ints
+    reports: dict[str, np.ndarray] = field(default_factory=dict)
+    maps: dict[str, Bools] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @staticmethod
+    def of(
+        state: State, plan: Plan, again: Plan | None, seen: Seen, update: Update, engine: Engine, seconds: float
+    ) -> Step:
+        """Record a step; `state` is still that before it was applied."""
+        part = state.valid & state.active[:, None]
+        computed = plan.row_mask if again is None else plan.row_mask | again.row_mask
+        return Step(
+            step=state.step,
+            active=state.active,
+            refresh=state.active & (computed | ~part).all(1),
+            kind=plan.kind,
+            rows=plan.row_mask & part,
+            again=None if again is None else again.row_mask & part,
+            start=None if again is None or again.start is None else again.start,
+            commit=update.commit,
+            tokens=seen.tokens,
+            confidence=seen.confidence,
+            drop=update.drop,
+            remask=update.remask,
+            row_layers=engine.count.rows,
+            kv_row_layers=engine.count.kv_rows,
+            reports=seen.reports,
+            maps=engine.count.maps,
+            seconds=seconds,
+        )

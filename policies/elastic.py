@@ -1,0 +1,124 @@
+"""Elastic-Cache: recompute a window and the most-attended token, and refresh deep layers when attention drifts.
+
+Nguyen-Tri, Ranjan, Shen, "Attention Is All You Need for KV Cache in Diffusion LLMs", arXiv 2510.14973; released code
+VILA-Lab/Elastic-Cache. Rows outside the window barely matter to it (distant masks are a length prior), keys drift more
+in deep layers, and the most-attended token drifts least: when even *its* attention changes, everything has.
+
+=======================  ======================================================================
+``M``                    ``state.masked``: still to decode, before this step's commit
+``W``                    set "window": rows that predict the leftmost masked positions
+``D``                    ``state.changed``: committed by the previous step
+``T``                    set "tracked": union over layers of the most-attended positions
+``S^{t-1}, S^t``         ``past``, ``now``: attention of T before and after this step's write
+``sigma < gamma``        report "similarity", compared in `review`
+``l*``                   ``start``: refresh from the layer above the first that drifted
+=======================  ======================================================================
+
+Departures: the released code tests after each layer and widens the stream in place; here the reuse pass runs through,
+the test is read with the picks, and all rows are recomputed from ``start`` on in the same step. The layers above the
+one that drifted are overwritten either way, so the result is the same, with no sync inside a pass. Every quantity is
+per sequence. The released similarity is a cosine over *heads* (variant "published"); the paper's formula reads as one
+over keys ("paper").
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from dcache.arrays import Bools, leftmost
+from dcache.kernels.select import lowest
+from dcache.models.transformer import ModelSpec
+from dcache.policy import CachePolicy, Plan, PolicyConfig, Seen, State
+
+if TYPE_CHECKING:
+    from dcache.engine.layer import Layer
+
+
+class ElasticCache(CachePolicy):
+    """Attention-aware, depth-aware refresh."""
+
+    class Config(PolicyConfig):
+        """Knobs of `ElasticCache`; defaults of the released scripts."""
+
+        gamma: float = Field(0.9, description="refresh when the tracked rows' attention similarity (0 to 1) is below")
+        track_num: int = Field(1, ge=0, description="most-attended positions tracked per layer; 0 never refreshes")
+        window: int | None = Field(
+            None, ge=1, description="masked rows computed per step, leftmost first (beta, 16 in the scripts); "
+            "none: those the unmasker may commit"
+        )
+        block_caching: bool = Field(True, description="freeze masks outside the window; off computes every mask")
+        track_dropped: bool = Field(True, description="masks dropped behind an end-of-text may be tracked, as released")
+        variant: Literal["published", "paper", "flat"] = Field(
+            "published", description="similarity: cosine over heads, over keys, or over both"
+        )
+
+    paper = "Attention Is All You Need for KV Cache in Diffusion LLMs, arXiv 2510.14973"
+    pairs_with = "threshold(threshold=0.9,window=16)"
+    config: Config
+
+    def stores(self, spec: ModelSpec) -> dict[str, int]:
+        """Layer inputs, to restart from a layer; rotated queries, for the attention of rows not computed now."""
+        return {"H": spec.d_model, "Q": spec.q_width}
+
+    def plan(self, state: State) -> Plan:
+        """Step 0 computes all; then T, D and W (Algorithm 1)."""
+        first = (state.step == 0)[:, None]
+        tracked = self._tracked(state) & ~first
+        window = self._window(state)
+        rows = tracked | state.changed | window | first
+        return Plan(rows, "reuse", sets={"tracked": tracked, "window": window}, flags=self._flags(state))
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """An ordinary layer, the drift test of the tracked rows (section 3.3), and the next step's picks."""
+        testing = at.kind == "reuse" and at.sets["tracked"].shape[1] > 0
+        if testing:  # old queries on old keys: before the write
+            past = at.probs(at.stored("Q", at.sets["tracked"]))
+        q = at.refresh(rows, h)
+        if testing:
+            now = at.probs(at.stored("Q", at.sets["tracked"]))
+            at.report("similarity", at.similarity(past, now, at.sets["tracked"], AXIS[self.config.variant]))
+        received = at.received(at.stored("Q", at.sets["window"]), at.sets["window"] < at.dump)
+        score = received.masked_fill(at.flags["excluded"], -1)[:, :-1]
+        picks, _ = lowest(-score, self.config.track_num, self.config.track_num)
+        at.report("picks", picks.masked_fill(score.gather(1, picks) < 0, at.dump))
+        return rows, at.finish(h, at.attend(rows, q))
+
+    def review(self, state: State, plan: Plan, seen: Seen) -> Plan | None:
+        """Recompute all rows from the layer above the first that drifted; no test at layer L-1 can matter."""
+        layers = state.spec.n_layers
+        similarity = seen.reports.get("similarity")  # (layers, batch); NaN without tracked rows: not below gamma
+        if similarity is None:
+            return None
+        drifted = (similarity < np.float32(self.config.gamma)) & state.active & plan.sets["tracked"].any(1)
+        start = np.where(drifted.any(0), drifted.argmax(0) + 1, layers)
+        if (start >= layers).all():
+            return None
+        rows = state.valid & (start < layers)[:, None]
+        return Plan(rows, "refresh", start, sets={"window": plan.sets["window"]}, flags=plan.flags)
+
+    def _window(self, state: State) -> Bools:
+        """Rows W: of the unmasker's window, of the leftmost masked positions, or of all of them."""
+        if not self.config.block_caching:
+            return state.rows_for(state.masked)
+        return state.needed if self.config.window is None else state.rows_for(leftmost(state.masked, self.config.window))
+
+    def _tracked(self, state: State) -> Bools:
+        """Positions T: what any layer picked in the previous step."""
+        tracked = np.zeros((state.batch, state.slots + 1), dtype=bool)
+        if state.seen is not None and "picks" in state.seen.reports:
+            picks = state.seen.reports["picks"]  # (layers, batch, track_num)
+            np.put_along_axis(tracked, picks.transpose(1, 0, 2).reshape(state.batch, -1), True, axis=1)
+        return tracked[:, :-1]
+
+    def _flags(self, state: State) -> dict[str, np.ndarray]:
+        """Positions that may not be tracked: masked before this step's commit, or not part of the sequence."""
+        dropped = state.valid & ~state.prompt & (state.tokens == state.spec.mask_id)
+        excluded = state.masked | ~state.valid
+        return {"excluded": excluded if self.config.track_dropped else excluded | dropped}
+
+
+AXIS = {"published": "heads", "paper": "rows", "flat": "flat"}

@@ -1,0 +1,16 @@
+"""No cache: every row in every layer at every step, the reference that all policies are compared with.
+
+It runs on the same engine, kernels and graphs as the others; a slow baseline would flatter every policy.
+"""
+
+from dcache.policy import CachePolicy, Plan, State
+
+
+class NoCache(CachePolicy):
+    """Recompute everything, always."""
+
+    paper = "LLaDA: Large Language Diffusion Models, arXiv 2502.09992"
+
+    def plan(self, state: State) -> Plan:
+        """All rows."""
+        return Plan.all(state)
