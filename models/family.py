@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dcache.errors import ModelError
 from dcache.models.tokenizer import Tokenizer
 from dcache.models.transformer import ModelSpec
-
-from dcache.errors import ModelError
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ The config speaks OLMo's dialect (`d_model`, `n_layers`, `mlp_hidden_size`). Whe
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
+from dcache.errors import ModelError
 from dcache.models.family import Family, Fields, Slot, one_answer
 from dcache.models.tokenizer import Tokenizer
 from dcache.models.transformer import ModelSpec
-
-from dcache.errors import ModelError
 
 _FIXED: Mapping[str, tuple[Any, str]] = {
     "alibi": (False, "positions come from the rotary embedding alone"),
@@ -58,8 +57,8 @@ class LLaDA(Family):
 
     def recognises(self, config: Mapping[str, Any], tensors: Collection[str]) -> bool:
         """LLaDA-MoE also declares the type "llada", so the architecture counts; tensor names settle what is left."""
-        architectures = config.get("architectures") or ["LLaDAModelLM"]
-        declared = config.get("model_type") == "llada" and "LLaDAModelLM" in architectures
+        architectures = config.get("architectures")
+        declared = config.get("model_type") == "llada" and architectures in (None, [], ["LLaDAModelLM"])
         return declared or {"model.transformer.wte.weight", "model.transformer.blocks.0.q_proj.weight"} <= set(tensors)
 
     def spec(self, config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer | None) -> ModelSpec:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+
+from dcache.errors import ModelError, UsageError
 from dcache.models.family import Family, Slot
 from dcache.models.llada import LLaDA
 from dcache.models.tokenizer import Tokenizer, read_json
 from dcache.models.transformer import ModelSpec, Transformer
-from safetensors import SafetensorError, safe_open
-
-from dcache.errors import ModelError, UsageError
 
 HUB_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.jinja")
 DTYPES = {
@@ -121,23 +121,23 @@ def load_model(
     place = _device(device)
     kind = _dtype(dtype, place)
     name = str(source)
-    if isinstance(source, str) and name.endswith(_RANDOM) and not Path(name).exists():
+    if name.endswith(_RANDOM) and not _local(name):
         _no_revision(name, revision)
         return _random(name, known, place, kind)
     folder = _folder(name, known, revision, is_path=not isinstance(source, str))
-    shown = folder.resolve().name if Path(name).expanduser().is_dir() else name
-    return _load(shown, folder, [known[family]] if family else list(known.values()), family is not None, place, kind)
+    name = folder.resolve().name if _local(name) else name
+    return _load(name, folder, [known[family]] if family else list(known.values()), family is not None, place, kind)
 
 
 # Where the source is
 
 
 def _folder(source: str, known: Mapping[str, Family], revision: str | None, is_path: bool) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = _local(source)
+    if path and path.is_dir():
         _no_revision(source, revision)
         return path
-    if path.exists():
+    if path:
         raise ModelError(f"{source!r} is a file; give the folder that holds config.json and the weights")
     shipped = _shipped()
     if source in shipped:
@@ -155,9 +155,20 @@ def _folder(source: str, known: Mapping[str, Family], revision: str | None, is_p
     raise ModelError(f"no model {source!r}: there is no such folder.{hint} Accepted: {accepted}")
 
 
+def _local(source: str) -> Path | None:
+    """What `source` names on this machine, None if that is nothing."""
+    try:
+        path = Path(source).expanduser()
+        return path if source and path.exists() else None
+    except (OSError, RuntimeError):  # too long for a file name; the home of a user who does not exist
+        return None
+
+
 def _shipped() -> dict[str, Path]:
     """The trained checkpoints inside the package, by name."""
-    return {config.parent.name: config.parent for config in sorted(Path(__file__).parent.glob("tiny/*/config.json"))}
+    from dcache.models import tiny  # here, because that package also trains them, with what this module provides
+
+    return {name: tiny.folder(name) for name in tiny.NAMES}
 
 
 def _download(repository: str, revision: str | None) -> Path:
@@ -297,9 +308,12 @@ def _recognise(folder: Path, families: Sequence[Family], config: Mapping[str, An
         return found[0]
     names = ", ".join(f.name for f in found or families)
     declared = f"model_type {config.get('model_type')!r} and architectures {config.get('architectures')!r}"
-    problem = f"more than one model family recognises it ({names})" if found else "no model family recognises it"
-    known = "" if found else f" Known families: {names}."
-    raise ModelError(f"{folder}: {problem}; config.json declares {declared}.{known} Name one with family=")
+    problem = f"more than one model family recognises it: {names}" if found else f"no model family of {names} knows it"
+    example = next(iter(tensors), None)
+    raise ModelError(
+        f"{folder}: {problem}; config.json declares {declared}, and a tensor is called {example!r}. "
+        "If you know the family, name it with family="
+    )
 
 
 def _headers(folder: Path) -> dict[str, _Stored]:
@@ -309,10 +323,10 @@ def _headers(folder: Path) -> dict[str, _Stored]:
     if (folder / _SINGLE).exists():
         return _header(folder / _SINGLE)
     if loose := sorted(file.name for file in folder.glob("*.safetensors")):
-        raise ModelError(f"{folder} holds {_listed(loose)} but neither {_SINGLE} nor {_INDEX}")
+        raise ModelError(f"{folder} holds {_quoted(loose)} but neither {_SINGLE} nor {_INDEX}")
     if pickled := sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern)):
         raise ModelError(
-            f"{folder} holds only pickled weights ({_listed(pickled)}), which can run code when read; "
+            f"{folder} holds only pickled weights ({_quoted(pickled)}), which can run code when read; "
             "convert them to safetensors"
         )
     raise ModelError(f"{folder} holds no weights; expected {_SINGLE} or {_INDEX}")
@@ -328,9 +342,12 @@ def _header(file: Path) -> dict[str, _Stored]:
 
 
 def _unreadable(file: Path, error: Exception) -> str:
-    size = file.stat().st_size if file.exists() else 0
-    with file.open("rb") as stream:
-        pointer = stream.read(40).startswith(b"version https://git-lfs")
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            pointer = stream.read(40).startswith(b"version https://git-lfs")
+    except OSError as cause:
+        return f"{file} cannot be read: {_line(cause)}"
     advice = "it is a Git LFS pointer, not the weights" if pointer else "it is truncated or corrupt; fetch it again"
     return f"{file} ({size} bytes) is not a whole safetensors file: {_line(error)}; {advice}"
 
@@ -345,16 +362,16 @@ def _indexed(folder: Path) -> dict[str, _Stored]:
         if not shard.endswith(".safetensors") or ".." in shard or any(c in shard for c in "/\\:\0"):
             raise ModelError(f"{index} names {shard!r}; expected the name of a .safetensors file in the same folder")
     if absent := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise ModelError(f"{folder} lacks {len(absent)} of {len(shards)} files that {_INDEX} names: {_listed(absent)}")
+        raise ModelError(f"{folder} lacks {len(absent)} of {len(shards)} files that {_INDEX} names: {_quoted(absent)}")
     stored: dict[str, _Stored] = {}
     problems = []
     for shard in shards:
         header = _header(folder / shard)
         listed = {name for name, home in weight_map.items() if home == shard}
         if absent := sorted(listed - header.keys()):
-            problems.append(f"{shard} lacks {_listed(absent)}")
+            problems.append(f"{shard} lacks {_quoted(absent)}")
         if extra := sorted(header.keys() - listed):
-            problems.append(f"{shard} holds {_listed(extra)} without an entry")
+            problems.append(f"{shard} holds {_quoted(extra)} without an entry")
         stored |= {name: header[name] for name in listed & header.keys()}
     if problems:
         raise ModelError(f"{index} does not describe its files: {'; '.join(problems)}")
@@ -392,8 +409,8 @@ def _check_tensors(
     problems = [
         f"{len(names)} {what}: {_listed(names)}"
         for what, names in (
-            ("missing", list(map(repr, missing))),
-            ("unexpected", list(map(repr, extra))),
+            ("missing", [repr(n) for n in missing]),
+            ("unexpected", [repr(n) for n in extra]),
             ("misshapen", misshapen),
             (f"of a dtype other than {', '.join(_STORED)}", mistyped),
         )
@@ -427,6 +444,10 @@ def _by_file(slots: Mapping[str, Slot], stored: Mapping[str, _Stored]) -> Iterat
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return _listed([repr(name) for name in names])
 
 
 def _line(error: BaseException) -> str:
