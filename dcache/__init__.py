@@ -7,3 +7,48 @@ if not (_here / "policies").is_dir():  # a source checkout: the subpackages lie 
     __path__.append(str(_here.parent))
 
 __version__ = "0.1.0"
+
+# isort: split
+from dcache.errors import DCacheError, ModelError, NumericsError, PluginError, PolicyError, UnmaskerError, UsageError
+from dcache.generate import Output, generate
+from dcache.hookspecs import Register, hookimpl
+from dcache.models.family import Family
+from dcache.models.loading import Model
+from dcache.plugins import load_model
+from dcache.policy import CachePolicy, Filter, Plan, PolicyConfig
+from dcache.state import Seen, State
+from dcache.tasks.base import Problem, Task
+from dcache.unmasking.base import Ask, Asked, Picks, Sampling, Unmasker, UnmaskerConfig, Update
+
+__all__ = [
+    "Ask",
+    "Asked",
+    "CachePolicy",
+    "DCacheError",
+    "Family",
+    "Filter",
+    "Model",
+    "ModelError",
+    "NumericsError",
+    "Output",
+    "Picks",
+    "Plan",
+    "PluginError",
+    "PolicyConfig",
+    "PolicyError",
+    "Problem",
+    "Register",
+    "Sampling",
+    "Seen",
+    "State",
+    "Task",
+    "Unmasker",
+    "UnmaskerConfig",
+    "UnmaskerError",
+    "Update",
+    "UsageError",
+    "__version__",
+    "generate",
+    "hookimpl",
+    "load_model",
+]

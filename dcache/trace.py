@@ -84,3 +84,56 @@ class Step:
             maps=engine.count.maps,
             seconds=seconds,
         )
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The steps of a batch, seen from one of its sequences.
+
+    Attributes:
+        steps: of the whole batch.
+        index: row of the sequence in the batch.
+        length: positions of its canvas, prompt included.
+        n_layers: layers of the model.
+    """
+
+    steps: list[Step]
+    index: int
+    length: int
+    n_layers: int
+
+    @property
+    def mine(self) -> list[Step]:
+        """The steps that this sequence took part in."""
+        return [s for s in self.steps if s.active[self.index]]
+
+    @property
+    def nfe(self) -> int:
+        """Forward calls: one per step, a reviewed step included."""
+        return len(self.mine)
+
+    @property
+    def refreshes(self) -> int:
+        """Steps that computed every row in at least one layer."""
+        return sum(bool(s.refresh[self.index]) for s in self.steps)
+
+    @property
+    def row_layers(self) -> int:
+        """Row-layers that ran a query; a layer that a second pass computes again counts twice, as it was paid."""
+        return sum(int(s.row_layers[:, self.index].sum()) for s in self.steps)
+
+    @property
+    def kv_row_layers(self) -> int:
+        """Row-layers whose key or value were projected."""
+        return sum(int(s.kv_row_layers[:, self.index].sum()) for s in self.steps)
+
+    @property
+    def row_share(self) -> float:
+        """Row-layers computed, as a share of those without a cache in the same number of steps; 0 to 1, or above."""
+        full = self.length * self.n_layers * self.nfe
+        return self.row_layers / full if full else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the steps that this sequence took part in."""
+        return sum(s.seconds for s in self.mine)

@@ -47,8 +47,10 @@ class ElasticCache(CachePolicy):
         gamma: float = Field(0.9, description="refresh when the tracked rows' attention similarity (0 to 1) is below")
         track_num: int = Field(1, ge=0, description="most-attended positions tracked per layer; 0 never refreshes")
         window: int | None = Field(
-            None, ge=1, description="masked rows computed per step, leftmost first (beta, 16 in the scripts); "
-            "none: those the unmasker may commit"
+            None,
+            ge=1,
+            description="masked rows computed per step, leftmost first (beta, 16 in the scripts); "
+            "none: those the unmasker may commit",
         )
         block_caching: bool = Field(True, description="freeze masks outside the window; off computes every mask")
         track_dropped: bool = Field(True, description="masks dropped behind an end-of-text may be tracked, as released")
@@ -104,7 +106,9 @@ class ElasticCache(CachePolicy):
         """Rows W: of the unmasker's window, of the leftmost masked positions, or of all of them."""
         if not self.config.block_caching:
             return state.rows_for(state.masked)
-        return state.needed if self.config.window is None else state.rows_for(leftmost(state.masked, self.config.window))
+        return (
+            state.needed if self.config.window is None else state.rows_for(leftmost(state.masked, self.config.window))
+        )
 
     def _tracked(self, state: State) -> Bools:
         """Positions T: what any layer picked in the previous step."""

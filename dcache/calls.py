@@ -1,0 +1,101 @@
+"""The little language of policies and unmaskers: ``elastic``, ``elastic(gamma=0.95,window=32)``.
+
+A name, then optional ``knob=value`` pairs. A value is an integer, a float, ``true``, ``false``, ``none`` or a bare word.
+The parser says where it stopped; what the values mean is for the knobs' own class to judge.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from dcache.errors import UsageError
+
+Value: TypeAlias = bool | int | float | str | None
+
+NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
+KNOB = re.compile(r"[a-z_][a-z0-9_]*")
+WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.:+-]*")
+CONSTANTS: dict[str, Value] = {"true": True, "false": False, "none": None}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A name with knobs. ``str`` gives the shortest text that parses to an equal call."""
+
+    name: str
+    knobs: Mapping[str, Value] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.knobs:
+            return self.name
+        return f"{self.name}({','.join(f'{k}={write_value(v)}' for k, v in self.knobs.items())})"
+
+    def replace(self, **knobs: Value) -> "Call":
+        """The same call with some knobs set."""
+        return Call(self.name, {**self.knobs, **knobs})
+
+
+def write_value(value: Value) -> str:
+    """The text of a value."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value) if isinstance(value, int | float) else value
+
+
+def parse_value(text: str) -> Value:
+    """Read a value; raises UsageError on anything else."""
+    if text in CONSTANTS:
+        return CONSTANTS[text]
+    for kind in (int, float):
+        try:
+            if text.strip() == text and "_" not in text and text.lower().lstrip("+-") not in ("nan", "inf", "infinity"):
+                return kind(text)
+        except ValueError:
+            pass
+    if WORD.fullmatch(text) and text.lower() not in ("nan", "inf", "infinity"):
+        return text
+    raise UsageError(f"{text!r} is not a value; write a number, true, false, none or a word")
+
+
+def split_list(text: str) -> list[str]:
+    """Split at the commas outside parentheses: "elastic(gamma=0.9,window=8),dkv" has two items."""
+    items, depth, item = [], 0, ""
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if depth < 0:
+            raise UsageError(f"{text!r}: a ')' without '('")
+        if char == "," and depth == 0:
+            items.append(item)
+            item = ""
+        else:
+            item += char
+    if depth:
+        raise UsageError(f"{text!r}: a '(' is not closed; write name(knob=value,...)")
+    return [item.strip() for item in [*items, item]]
+
+
+def parse_call(text: str) -> Call:
+    """Read one call; raises UsageError saying what is wrong and how to write it."""
+    text = text.strip()
+    name, bracket, rest = text.partition("(")
+    if not NAME.fullmatch(name.strip()):
+        raise UsageError(f"{text!r} does not begin with a name; write name or name(knob=value,...)")
+    if not bracket:
+        if ")" in text:
+            raise UsageError(f"{text!r}: a ')' without '('")
+        return Call(name.strip())
+    if not rest.endswith(")"):
+        raise UsageError(f"{text!r}: the '(' is not closed; write name(knob=value,...)")
+    knobs: dict[str, Value] = {}
+    inside = rest[:-1]
+    for pair in inside.split(",") if inside.strip() else []:
+        knob, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not KNOB.fullmatch(knob):
+            raise UsageError(f"{text!r}: {pair.strip()!r} is not knob=value")
+        if knob in knobs:
+            raise UsageError(f"{text!r}: {knob} is given twice")
+        knobs[knob] = parse_value(value)
+    return Call(name.strip(), knobs)

@@ -1,0 +1,31 @@
+"""Settings of a run: each default is defined here, once, and the help texts are made from these fields."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from dcache.unmasking.base import Sampling
+
+DEFAULT_GEN_LENGTH = 96
+
+
+class DecodeSettings(Sampling):
+    """How every policy of a run decodes: the canvas, the unmasker, and the sampling."""
+
+    gen_length: int | None = Field(
+        None, ge=1, description=f"rows to generate after the prompt; none: the task's, or {DEFAULT_GEN_LENGTH}"
+    )
+    block_length: int | None = Field(
+        32, ge=1, description="rows of a semi-autoregressive block, decoded left to right; none: one block"
+    )
+    unmask: str = Field(
+        "low-confidence",
+        description="which masked rows a step commits, e.g. threshold(threshold=0.9); 'paired' takes the unmasker of "
+        "each policy's own paper",
+    )
+    batch_size: int = Field(1, ge=1, description="prompts decoded together")
+
+    @property
+    def sampling(self) -> Sampling:
+        """The part that an unmasker is given."""
+        return Sampling(**{name: getattr(self, name) for name in Sampling.model_fields})

@@ -1,0 +1,149 @@
+"""Decode prompts with one policy: the library call, and the runner that `compare` shares with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
+
+from pydantic import ValidationError
+
+from dcache.calls import Call
+from dcache.config import DEFAULT_GEN_LENGTH, DecodeSettings
+from dcache.decode import decode
+from dcache.engine import Engine
+from dcache.errors import UsageError
+from dcache.models.loading import Model
+from dcache.plugins import explain, make_policy, make_unmasker
+from dcache.policy import CachePolicy
+from dcache.state import State
+from dcache.trace import Trace
+
+if TYPE_CHECKING:
+    from dcache.engine.engine import Executor
+    from dcache.unmasking.base import Unmasker
+
+PAIRED = "paired"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One generated text.
+
+    Attributes:
+        text: up to the first end-of-text, special tokens left out; None if the model has no tokenizer.
+        tokens: generated ids up to the first end-of-text, which is not included.
+        canvas: all generated ids; rows that were never decoded hold the end-of-text.
+        trace: what was computed and committed, step by step.
+    """
+
+    text: str | None
+    tokens: list[int]
+    canvas: list[int]
+    trace: Trace
+
+
+def settings_from(**settings: Any) -> DecodeSettings:
+    """Validate run settings; raises UsageError naming the field, the value and the bound."""
+    try:
+        return DecodeSettings.model_validate(settings)
+    except ValidationError as error:
+        raise UsageError("; ".join(explain("the run", DecodeSettings, e) for e in error.errors())) from None
+
+
+def unmasker_of(policy: CachePolicy, settings: DecodeSettings) -> Unmasker:
+    """The unmasker of a run, or the one that the policy's paper pairs it with."""
+    text = settings.unmask
+    if text == PAIRED:
+        text = policy.pairs_with or "low-confidence"
+    return make_unmasker(text, settings.sampling)
+
+
+class Runner:
+    """A model and a policy, ready to decode batches; buffers are kept while their shape stays the same.
+
+    Args:
+        model: weights, and a tokenizer if prompts are to be text.
+        policy: a policy, or how it is written: ``"elastic(gamma=0.95)"``.
+        settings: of the run.
+        executor: how passes are run; None is eager.
+        maps: keep recompute maps in the trace.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        policy: str | Call | CachePolicy,
+        settings: DecodeSettings,
+        *,
+        executor: Executor | None = None,
+        maps: bool = False,
+    ):
+        self.model, self.settings = model, settings
+        self.policy = make_policy(policy)
+        self.unmasker = unmasker_of(self.policy, settings)
+        extra = {} if executor is None else {"executor": executor}
+        self.engine = Engine(model.transformer, self.policy, self.unmasker, maps=maps, **extra)
+
+    def state(self, prompts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> State:
+        """The canvas of a batch of token-id prompts; raises UsageError if it does not fit the model."""
+        length = self.settings.gen_length or DEFAULT_GEN_LENGTH
+        return State(self.model.spec, prompts, length, self.settings.block_length, ids=ids)
+
+    def run(self, prompts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> list[Output]:
+        """Decode one batch of token-id prompts; `ids` number them within the whole run, for their noise."""
+        state = self.state(prompts, ids)
+        steps = decode(self.engine, state)
+        return [self._output(state, steps, b) for b in range(state.batch)]
+
+    def _output(self, state: State, steps: list[Any], b: int) -> Output:
+        spec = self.model.spec
+        begin, end = int(state.gen_start[b]), int(state.lengths[b])
+        canvas = [spec.eos_id if i == spec.mask_id else i for i in state.tokens[b, begin:end].tolist()]
+        stop = next((n for n, i in enumerate(canvas) if i in spec.end_ids), len(canvas))
+        text = None if self.model.tokenizer is None else self.model.text(canvas)
+        return Output(text, canvas[:stop], canvas, Trace(steps, b, end, spec.n_layers))
+
+
+def prompt_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
+    """Token ids of a prompt: text through the model's chat template, ids as they are."""
+    return model.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
+
+
+@overload
+def generate(model: Model, prompts: str, policy: str | CachePolicy = ..., **settings: Any) -> Output: ...
+@overload
+def generate(
+    model: Model, prompts: Sequence[str] | Sequence[Sequence[int]], policy: str | CachePolicy = ..., **settings: Any
+) -> list[Output]: ...
+
+
+def generate(
+    model: Model,
+    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    policy: str | CachePolicy = "none",
+    **settings: Any,
+) -> Output | list[Output]:
+    """Decode one prompt, or several.
+
+    Args:
+        model: from `load_model`.
+        prompts: a text; or a list of texts, or of token-id lists.
+        policy: ``"none"``, ``"elastic(gamma=0.95)"``, or an instance.
+        settings: fields of `dcache.config.DecodeSettings`: gen_length, block_length, unmask, temperature, seed, ...
+
+    Returns:
+        an `Output`, or a list of them in the order of the prompts.
+
+    Raises:
+        UsageError: for unknown names, knobs out of bounds, and prompts that do not fit the model.
+    """
+    run = settings_from(**settings)
+    runner = Runner(model, policy, run)
+    many = [prompts] if isinstance(prompts, str) else list(prompts)
+    ids = [prompt_ids(model, prompt) for prompt in many]
+    outputs: list[Output] = []
+    for begin in range(0, len(ids), run.batch_size):
+        batch = ids[begin : begin + run.batch_size]
+        outputs += runner.run(batch, ids=range(begin, begin + len(batch)))
+    return outputs[0] if isinstance(prompts, str) else outputs
