@@ -1,5 +1,7 @@
 """Cache policies for diffusion language models, compared under one decoding loop and one engine."""
 
+# ruff: noqa: E402 - the path below must be set before the first import of a subpackage
+
 from pathlib import Path
 
 _here = Path(__file__).resolve().parent

@@ -1,6 +1,6 @@
 """The little language of policies and unmaskers: ``elastic``, ``elastic(gamma=0.95,window=32)``.
 
-A name, then optional ``knob=value`` pairs. A value is an integer, a float, ``true``, ``false``, ``none`` or a bare word.
+A name, then optional ``knob=value`` pairs. A value is an integer, a float, ``true``, ``false``, ``none`` or a word.
 The parser says where it stopped; what the values mean is for the knobs' own class to judge.
 """
 

@@ -6,7 +6,7 @@ class DCacheError(Exception):
 
 
 class UsageError(DCacheError):
-    """Something you asked for cannot be done as asked: a name, a knob, a length, a file. The CLI prints it, exit code 2."""
+    """Something cannot be done as asked: a name, a knob, a length, a file. The CLI prints it and exits with 2."""
 
 
 class ModelError(UsageError):
@@ -18,7 +18,7 @@ class PluginError(DCacheError):
 
 
 class PolicyError(DCacheError):
-    """A cache policy broke the contract: it names the policy, its distribution and the step, then expected and found."""
+    """A cache policy broke the contract: the message names policy, distribution and step, then expected and found."""
 
 
 class UnmaskerError(DCacheError):

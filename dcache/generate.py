@@ -82,8 +82,7 @@ class Runner:
         self.model, self.settings = model, settings
         self.policy = make_policy(policy)
         self.unmasker = unmasker_of(self.policy, settings)
-        extra = {} if executor is None else {"executor": executor}
-        self.engine = Engine(model.transformer, self.policy, self.unmasker, maps=maps, **extra)
+        self.engine = Engine(model.transformer, self.policy, self.unmasker, maps=maps, executor=executor)
 
     def state(self, prompts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> State:
         """The canvas of a batch of token-id prompts; raises UsageError if it does not fit the model."""
@@ -140,7 +139,7 @@ def generate(
     """
     run = settings_from(**settings)
     runner = Runner(model, policy, run)
-    many = [prompts] if isinstance(prompts, str) else list(prompts)
+    many: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = [prompt_ids(model, prompt) for prompt in many]
     outputs: list[Output] = []
     for begin in range(0, len(ids), run.batch_size):

@@ -96,7 +96,7 @@ class Registry(Generic[T]):
         contract: every registered class is a subclass of it.
     """
 
-    def __init__(self, kind: str, plural: str, contract: type[T]):
+    def __init__(self, kind: str, plural: str, contract: type[Any]):
         self.kind, self.plural, self.contract = kind, plural, contract
         self.entries: dict[str, Entry[T]] = {}
 
@@ -116,8 +116,9 @@ class Registry(Generic[T]):
                 f"{self.kind} {name!r} is registered by {self.entries[name].source} and by {source}; "
                 "names are never overwritten: rename one, or uninstall it"
             )
-        thing.name = name
-        self.entries[name] = Entry(name, thing, source)
+        self.entries[name] = entry = Entry(name, thing, source)
+        for attribute, value in (("name", name), ("label", str(entry))):
+            setattr(thing, attribute, value)
 
     def get(self, name: str) -> Entry[T]:
         """Look up; raises UsageError with the nearest name and the list of installed ones."""

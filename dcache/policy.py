@@ -76,6 +76,8 @@ class CachePolicy(ABC):
 
     name: ClassVar[str] = ""
     """What users write; set when the policy is registered."""
+    label: ClassVar[str] = ""
+    """Name and distribution, for errors; set when the policy is registered."""
     paper: ClassVar[str] = ""
     """Title and address of the paper, for `dcache policies`."""
     pairs_with: ClassVar[str | None] = None
@@ -87,10 +89,10 @@ class CachePolicy(ABC):
         self.config = self.Config.model_validate(knobs) if config is None else config
 
     def stores(self, spec: ModelSpec) -> dict[str, int]:
-        """Stores per layer beside K and V, name to width. "H" (layer input) and "Q" (rotated queries) fill themselves."""
+        """Stores beside K and V, name to width; "H" (layer input) and "Q" (rotated queries) fill themselves."""
         return {}
 
-    def begin(self, net: Network, state: State) -> None:
+    def begin(self, net: Network, state: State) -> None:  # noqa: B027 - most policies remember nothing
         """Host, once per batch: forget the past, allocate device tensors. Nothing survives between requests."""
 
     @abstractmethod

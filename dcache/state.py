@@ -131,17 +131,17 @@ class State:
     @property
     def batch(self) -> int:
         """Number of sequences."""
-        return self.tokens.shape[0]
+        return int(self.tokens.shape[0])
 
     @property
     def slots(self) -> int:
         """Width of the canvas."""
-        return self.tokens.shape[1]
+        return int(self.tokens.shape[1])
 
     @property
     def active(self) -> Bools:
         """(batch,) bool: sequences that still have something to decode."""
-        active: Bools = self.masked.any(1)
+        active: Bools = np.asarray(self.masked.any(1))
         return active
 
     @property

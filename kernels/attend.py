@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def hide(x: Tensor, visible: Tensor) -> Tensor:
-    """Replace hidden rows of `x` (batch, kv_heads, slots, head_dim) by zeros; `visible` (batch, 1 or kv_heads, slots)."""
+    """Zero the hidden rows of `x` (batch, kv_heads, slots, head_dim); `visible` (batch, 1 or kv_heads, slots)."""
     return x.masked_fill(~visible[..., None], 0)
 
 

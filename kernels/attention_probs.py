@@ -23,7 +23,7 @@ def probs_ref(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
     if visible is not None:
         seen = visible.repeat_interleave(group, dim=1) if visible.shape[1] > 1 and group > 1 else visible
         score = score.masked_fill(~seen[:, :, None], float("-inf"))
-    return score.softmax(-1)
+    return torch.softmax(score, -1)
 
 
 def probs(q: Tensor, k: Tensor, visible: Tensor | None = None) -> Tensor:

@@ -108,7 +108,7 @@ class Block(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """(batch, rows, heads * head_dim) -> (batch, heads, rows, head_dim)."""
-        return x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
+        return x.reshape(*x.shape[:-1], -1, self.spec.head_dim).transpose(1, 2)
 
     def normed(self, h: Tensor) -> Tensor:
         """Input of the attention projections: (batch, rows, d_model)."""
@@ -125,9 +125,8 @@ class Block(nn.Module):
         Returns:
             q (batch, heads, rows, head_dim), k and v (batch, kv_heads, rows, head_dim).
         """
-        q, k, v = linear(y, self.qkv, self.qkv_bias).split(
-            [self.spec.q_width, self.spec.kv_width, self.spec.kv_width], dim=-1
-        )
+        widths = [self.spec.q_width, self.spec.kv_width, self.spec.kv_width]
+        q, k, v = torch.split(linear(y, self.qkv, self.qkv_bias), widths, dim=-1)
         full = self.spec.rope_full_precision
         return rotary(self.heads(q), cos, sin, full), rotary(self.heads(k), cos, sin, full), self.heads(v)
 
@@ -192,7 +191,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_random(self, seed: int = 0, std: float = 0.02) -> "Transformer":
-        """Fill the parameters in place, on their device: normal weights (output projections scaled by depth), unit norms."""
+        """Fill the parameters in place, on their device: normal weights, those that end a branch scaled by depth."""
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             leaf = name.rsplit(".", 1)[-1]

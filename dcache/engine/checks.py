@@ -75,9 +75,7 @@ class Checks:
             self.fail(f"start is {start.tolist()}, expected layers in 0..{layers} ({layers} = sits this pass out)")
         late = (start > 0) & (start < layers) & state.active
         if late.any() and "H" not in self.stores:
-            self.fail(
-                'a pass starts above layer 0, which reads the store "H"; return {"H": spec.d_model} from stores()'
-            )
+            self.fail('a pass above layer 0 starts from the store "H"; return {"H": spec.d_model} from stores()')
         for b in np.flatnonzero(late):
             if (plan.row_mask[b] & state.valid[b] & ~self.written[b]).any():
                 self.fail(f"sequence {b} starts at layer {start[b]} but not all of its rows have had a pass yet")

@@ -76,7 +76,7 @@ class Engine:
         policy: which rows are computed.
         unmasker: which positions are committed.
         buckets: sizes to which row lists are padded; () takes exact sizes, the default on a CPU.
-        executor: how a pass is run.
+        executor: how a pass is run; None runs it eagerly.
         maps: keep a recompute map (layers, batch, slots) of every step.
         debug: fill stores with NaN first, so that reading what nobody wrote shows.
     """
@@ -88,19 +88,19 @@ class Engine:
         unmasker: Unmasker,
         *,
         buckets: Sequence[int] | None = None,
-        executor: Executor = eager,
+        executor: Executor | None = None,
         maps: bool = False,
         debug: bool = False,
     ):
         self.model, self.policy, self.unmasker = model, policy, unmasker
         self.buckets = (GPU_BUCKETS if model.device.type == "cuda" else ()) if buckets is None else tuple(buckets)
-        self.executor, self.maps, self.debug = executor, maps, debug
+        self.executor, self.maps, self.debug = executor or eager, maps, debug
         self._shape: tuple[int, int] | None = None
 
     @property
     def label(self) -> str:
         """The policy as errors name it."""
-        return repr(self.policy.name or type(self.policy).__name__)
+        return self.policy.label or repr(type(self.policy).__name__)
 
     @property
     def store_bytes(self) -> dict[str, int]:
@@ -116,6 +116,7 @@ class Engine:
             self._allocate(state.batch, state.slots, extra)
         else:
             self.stores.clear(self.debug)
+        self._valid = torch.from_numpy(state.valid).to(self.model.device)[:, None]
         self.checks = Checks(self.label, state, frozenset(extra))
         self.policy.begin(self.network, state)
         self.unmasker.begin(self.network, state)
@@ -157,7 +158,8 @@ class Engine:
         for name, value in arrays.items():
             prepared.inputs.host[name][...] = value
         if isinstance(plan.visible, Tensor):
-            prepared.inputs.device["visible"].copy_(self._shaped(plan.visible))
+            shown = plan.visible[:, None] if plan.visible.dim() == 2 else plan.visible
+            prepared.inputs.device["visible"].copy_(shown & self._valid)
         prepared.inputs.upload()
         if prepared.outputs is None:
             results = self._forward(prepared, second)
@@ -207,8 +209,8 @@ class Engine:
             arrays[f"ask {name}"] = np.take_along_axis(self._with_dump(flag), where, 1) if flag.ndim == 2 else flag
         hidden = plan.visible is not None or not state.valid.all()
         if hidden and not isinstance(plan.visible, Tensor):
-            seen = state.valid[:, None] if plan.visible is None else self._shaped(plan.visible) & state.valid[:, None]
-            arrays["visible"] = seen
+            shown = state.valid if plan.visible is None else plan.visible
+            arrays["visible"] = (shown[:, None] if shown.ndim == 2 else shown) & state.valid[:, None]
         shapes = tuple((name, value.shape, value.dtype.str) for name, value in arrays.items())
         first_layer = 0 if plan.start is None else int(plan.start[part].min(initial=state.spec.n_layers))
         device_mask = tuple(plan.visible.shape) if isinstance(plan.visible, Tensor) else None
@@ -217,15 +219,11 @@ class Engine:
     def _with_dump(self, flag: np.ndarray) -> np.ndarray:
         return np.pad(flag, ((0, 0), (0, 1))) if flag.shape == self.state.valid.shape else flag
 
-    @staticmethod
-    def _shaped(visible: np.ndarray | Tensor) -> np.ndarray | Tensor:
-        """(batch, slots) -> (batch, 1, slots); (layers, batch, heads, slots) stays."""
-        return visible[:, None] if visible.ndim == 2 else visible
-
     def _prepare(self, plan: Plan, ask: Ask, arrays: dict[str, np.ndarray]) -> Prepared:
         fields = [(name, tuple(value.shape), value.dtype) for name, value in arrays.items()]
         if isinstance(plan.visible, Tensor):
-            fields.append(("visible", tuple(self._shaped(plan.visible).shape), np.dtype(bool)))
+            b, *rest = plan.visible.shape
+            fields.append(("visible", (b, 1, *rest) if len(rest) == 1 else (b, *rest), np.dtype(np.bool_)))
         packet = Packet(fields, self.model.device)
         side = packet.device
         current = Pass(
@@ -325,7 +323,7 @@ class Engine:
         if (out["commit"] & ~out["eligible"]).any():
             b, i = (int(x[0]) for x in np.nonzero(out["commit"] & ~out["eligible"]))
             raise UnmaskerError(
-                f"unmasker {self.unmasker.name or type(self.unmasker).__name__!r}, step {int(state.step.max())}: "
+                f"unmasker {self.unmasker.label or type(self.unmasker).__name__}, step {int(state.step.max())}: "
                 f"picked position {where[b, i]} of sequence {b}, which was not predicted or is outside the window"
             )
         self._account(prepared, arrays, out)
@@ -334,7 +332,7 @@ class Engine:
         self.checks.written = written[:, :-1]
 
         def spread(name: str, blank: object, kind: type) -> np.ndarray:
-            table = np.full((state.batch, state.slots + 1), blank, dtype=kind)
+            table: np.ndarray = np.full((state.batch, state.slots + 1), blank, dtype=kind)
             np.put_along_axis(table, where, out[name], 1)
             return table[:, :-1]
 

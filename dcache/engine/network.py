@@ -28,10 +28,8 @@ class Stores:
         widths = {"K": spec.kv_width, "V": spec.kv_width, **extra}
         self.tensors: dict[str, list[Tensor]] = {}
         for name, width in widths.items():
-            if name in heads:
-                shape = (batch, heads[name], wide, width // heads[name])
-            else:
-                shape = (batch, wide, width)
+            split = name in heads
+            shape = (batch, heads[name], wide, width // heads[name]) if split else (batch, wide, width)
             self.tensors[name] = [
                 torch.zeros(shape, device=model.device, dtype=model.dtype) for _ in range(spec.n_layers)
             ]

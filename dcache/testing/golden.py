@@ -283,7 +283,7 @@ class ElasticCase(Case):
         return Threshold(sampling=sampling, threshold=s["threshold"], window=s["window_length"])
 
     def check(self) -> None:
-        """Rows, tracked positions, start layers, commits, drops, accounts, similarities, logits; and the uncached run."""
+        """Rows, picks, start layers, commits, drops, accounts, similarities, logits; and the uncached run."""
         s = self.settings
         model = self.model(self.folder, s["mask_id"], (s["eos_id"],))
         prompts = [self.data["prompt_ids"]]

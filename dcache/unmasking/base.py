@@ -79,8 +79,8 @@ class Ask:
     @property
     def due(self) -> Bools:
         """(batch,) bool: sequences that must commit something if anything is predicted."""
-        due: Bools = self.window.any(1) if self.commits is None else self.commits & self.window.any(1)
-        return due
+        due: Bools = np.asarray(self.window.any(1))
+        return due if self.commits is None else due & self.commits
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Picks:
 
 @dataclass(frozen=True)
 class Update:
-    """What a step does to the canvas; all (batch, slots). `drop` takes a masked row off the list without decoding it."""
+    """What a step does to the canvas, all (batch, slots); `drop` takes masked rows off the list undecoded."""
 
     tokens: Ints
     commit: Bools
@@ -211,6 +211,8 @@ class Unmasker(ABC):
 
     name: ClassVar[str] = ""
     """What users write; set when the unmasker is registered."""
+    label: ClassVar[str] = ""
+    """Name and distribution, for errors; set when the unmasker is registered."""
     paper: ClassVar[str] = ""
     """Where the rule comes from."""
 
