@@ -1,0 +1,51 @@
+# Everything is installed into VENV; nothing outside it is touched, and a second run installs nothing.
+#   make quickstart              compare two policies with no cache, on a small model that comes with the package
+#   make test                    the tests, on the CPU
+#   make lint                    ruff and strict mypy
+#   make PYTHON=python3.12 VENV=.venv-3.12 test
+#   make TORCH=2.12.0 VENV=.venv-2.12 test
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+PYTEST_ARGS ?= -n 2
+
+bin = $(VENV)/bin
+pip_install = $(bin)/python -m pip install -qq --disable-pip-version-check
+torch = $(VENV)/.torch-$(TORCH)
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.dcache
+	$(bin)/dcache compare --policies elastic,dkv
+
+# One thread per worker: on the small shapes of the tests, threads of several workers only wait for each other.
+test: $(VENV)/.dcache-test
+	OMP_NUM_THREADS=1 $(bin)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dcache-dev
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	PYTHON=$(abspath $(bin)/python) tools/types.sh
+
+clean:
+	rm -rf .venv build dist types *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.dcache: pyproject.toml $(torch)
+	@echo "installing dcache"
+	@$(pip_install) -e .
+	@touch $@
+
+$(VENV)/.dcache-%: pyproject.toml $(torch)
+	@echo "installing dcache[$*]"
+	@$(pip_install) -e ".[$*]"
+	@touch $@
+
+$(torch): $(VENV)/.created
+	@tools/install_torch.sh $(bin)/python $(TORCH)
+	@touch $@
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'dcache needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
