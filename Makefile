@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 2.13.0
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 bin = $(VENV)/bin
 pip_install = $(bin)/python -m pip install -qq --disable-pip-version-check
@@ -18,9 +18,8 @@ torch = $(VENV)/.torch-$(TORCH)
 quickstart: $(VENV)/.dcache
 	$(bin)/dcache compare --policies elastic,dkv
 
-# One thread per worker: on the small shapes of the tests, threads of several workers only wait for each other.
 test: $(VENV)/.dcache-test
-	OMP_NUM_THREADS=1 $(bin)/pytest $(PYTEST_ARGS)
+	$(bin)/pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.dcache-dev
 	$(bin)/ruff check .
