@@ -48,6 +48,8 @@ class Plan:
         visible: (batch, slots) or (layers, batch, 1 or kv_heads, slots) bool: the keys that computed rows attend to;
             a numpy array, or a tensor that already lives on the device. None: every key of the sequence.
         watch: (batch, slots) bool: positions whose confidence the policy wants beside those the unmasker reads.
+        marks: like `kind`, for filters: each adds what its own layer branches on under its own name, and leaves the
+            kind of the inner policy alone.
     """
 
     row_mask: Bools
@@ -57,6 +59,7 @@ class Plan:
     flags: Mapping[str, np.ndarray] = field(default_factory=dict)
     visible: Bools | Tensor | None = None
     watch: Bools | None = None
+    marks: Mapping[str, Hashable] = field(default_factory=dict)
 
     @staticmethod
     def all(state: State) -> Plan:

@@ -51,4 +51,4 @@ class DKVCache(CachePolicy):
         # D_{i-2}: the last commit, D_{i-1} minus D_{i-2}, is computed once more with its real token
         reused = self.before & known & cached[:, None]
         self.before = known
-        return Plan(state.valid & ~reused)
+        return Plan(state.valid & ~reused | state.needed)  # `needed` adds rows only under a logit shift

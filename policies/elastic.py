@@ -29,7 +29,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from dcache.arrays import Bools, leftmost
+from dcache.arrays import Bools, Ints, leftmost
 from dcache.kernels.select import lowest
 from dcache.models.transformer import ModelSpec
 from dcache.policy import CachePolicy, Plan, PolicyConfig, Seen, State
@@ -56,6 +56,9 @@ class ElasticCache(CachePolicy):
         track_dropped: bool = Field(True, description="masks dropped behind an end-of-text may be tracked, as released")
         variant: Literal["published", "paper", "flat"] = Field(
             "published", description="similarity: cosine over heads, over keys, or over both"
+        )
+        refresh: Literal["drift", "always"] = Field(
+            "drift", description="always recomputes every layer at every step: a debugging aid, equal to no cache"
         )
 
     paper = "Attention Is All You Need for KV Cache in Diffusion LLMs, arXiv 2510.14973"
@@ -92,14 +95,19 @@ class ElasticCache(CachePolicy):
     def review(self, state: State, plan: Plan, seen: Seen) -> Plan | None:
         """Recompute all rows from the layer above the first that drifted; no test at layer L-1 can matter."""
         layers = state.spec.n_layers
+        if self.config.refresh == "always":
+            return self._refresh(state, plan, np.zeros(state.batch, dtype=np.int64))
         similarity = seen.reports.get("similarity")  # (layers, batch); NaN without tracked rows: not below gamma
         if similarity is None:
             return None
         drifted = (similarity < np.float32(self.config.gamma)) & state.active & plan.sets["tracked"].any(1)
         start = np.where(drifted.any(0), drifted.argmax(0) + 1, layers)
-        if (start >= layers).all():
-            return None
-        rows = state.valid & (start < layers)[:, None]
+        return None if (start >= layers).all() else self._refresh(state, plan, start)
+
+    @staticmethod
+    def _refresh(state: State, plan: Plan, start: Ints) -> Plan:
+        """All rows of the sequences that have a layer to start from; the window and the exclusions stay."""
+        rows = state.valid & state.active[:, None] & (start < state.spec.n_layers)[:, None]
         return Plan(rows, "refresh", start, sets={"window": plan.sets["window"]}, flags=plan.flags)
 
     def _window(self, state: State) -> Bools:

@@ -18,3 +18,12 @@ if importlib.util.find_spec("dcache") is None:  # not installed: import from the
 
 def pytest_addoption(parser):
     parser.addoption("--golden", metavar="DIR", help="run the golden tests on another folder of the same format")
+
+
+def pytest_configure(config):
+    import torch
+    from hypothesis import settings
+
+    torch.set_num_threads(1)  # the models are tiny, and tests run side by side
+    settings.register_profile("dcache", deadline=None, derandomize=True, max_examples=30)
+    settings.load_profile("dcache")

@@ -29,7 +29,7 @@ class Checks:
     def __init__(self, label: str, state: State, stores: frozenset[str]):
         self.label, self.state, self.stores = label, state, stores
         self.written: Bools = np.zeros_like(state.valid)  # rows whose K and V some pass has written
-        self._flag_shapes: dict[tuple[object, bool], dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
+        self._flag_shapes: dict[tuple[object, ...], dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
         self._idle = np.zeros(state.batch, dtype=np.int64)
 
     def fail(self, message: str) -> NoReturn:
@@ -92,7 +92,7 @@ class Checks:
                     f"(batch, slots={state.slots}) or (batch, layers={state.spec.n_layers})"
                 )
             shapes[name] = (flag.shape, flag.dtype)
-        known = self._flag_shapes.setdefault((plan.kind, second), shapes)
+        known = self._flag_shapes.setdefault((plan.kind, *sorted(plan.marks.items()), second), shapes)
         if known != shapes:
             self.fail(f"flags of kind {plan.kind!r} are {shapes}, but were {known} in an earlier step of that kind")
 

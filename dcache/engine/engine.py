@@ -118,6 +118,7 @@ class Engine:
             self.stores.clear(self.debug)
         self._valid = torch.from_numpy(state.valid).to(self.model.device)[:, None]
         self.checks = Checks(self.label, state, frozenset(extra))
+        self.network.on_preload(self.checks.preloaded)
         self.policy.begin(self.network, state)
         self.unmasker.begin(self.network, state)
 
@@ -214,7 +215,7 @@ class Engine:
         shapes = tuple((name, value.shape, value.dtype.str) for name, value in arrays.items())
         first_layer = 0 if plan.start is None else int(plan.start[part].min(initial=state.spec.n_layers))
         device_mask = tuple(plan.visible.shape) if isinstance(plan.visible, Tensor) else None
-        return (plan.kind, second, first_layer, device_mask, shapes), arrays
+        return (plan.kind, *sorted(plan.marks.items()), second, first_layer, device_mask, shapes), arrays
 
     def _with_dump(self, flag: np.ndarray) -> np.ndarray:
         return np.pad(flag, ((0, 0), (0, 1))) if flag.shape == self.state.valid.shape else flag
@@ -228,6 +229,7 @@ class Engine:
         side = packet.device
         current = Pass(
             kind=plan.kind,
+            marks=dict(plan.marks),
             rows=side["rows"],
             live=side["live"],
             start=side.get("start"),

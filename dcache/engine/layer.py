@@ -37,6 +37,7 @@ class Pass:
 
     Attributes:
         kind: of the plan.
+        marks: of the plan.
         rows: (batch, n) int64, padded with the dump slot.
         live: (batch,) bool: sequences that take part.
         start: (batch,) int64 first layer of each sequence, or None when all start from the embedding.
@@ -47,6 +48,7 @@ class Pass:
     """
 
     kind: Hashable
+    marks: Mapping[str, Hashable]
     rows: Tensor
     live: Tensor
     start: Tensor | None
@@ -97,13 +99,14 @@ class Layer:
         last: whether it is the last one.
         dump: number of the dump slot.
         q: (batch, heads, n, head_dim) queries of the latest `refresh` in this layer.
+        stores: this layer's part of every store, whole; `stored` and `store` read and write rows of it.
     """
 
     def __init__(self, model: Transformer, block: Block, index: int, stores: Stores, boards: Boards):
         self.index, self.last, self.dump = index, index == model.spec.n_layers - 1, stores.slots
         self.spec = model.spec
         self._model, self._block, self._boards = model, block, boards
-        self._stores = {name: layers[index] for name, layers in stores.tensors.items()}
+        self.stores = {name: layers[index] for name, layers in stores.tensors.items()}
         self._pass: Pass | None = None
         self._stream: Tensor | None = None
         self._live: Tensor | None = None
@@ -123,6 +126,11 @@ class Layer:
     def kind(self) -> Hashable:
         """`Plan.kind` of this pass."""
         return self.now.kind
+
+    @property
+    def marks(self) -> Mapping[str, Hashable]:
+        """`Plan.marks` of this pass."""
+        return self.now.marks
 
     @property
     def sets(self) -> Mapping[str, Tensor]:
@@ -163,10 +171,10 @@ class Layer:
         Returns:
             queries (batch, heads, n, head_dim), rotated.
         """
-        if "H" in self._stores:
+        if "H" in self.stores:
             self.store("H", rows, h)
         q, k, v = self.project(rows, h)
-        if "Q" in self._stores:
+        if "Q" in self.stores:
             self.store("Q", rows, q)
         self.write(rows, k, v)
         self.q = q
@@ -206,8 +214,8 @@ class Layer:
     def write(self, rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Overwrite K and V at `rows`; counts them as projected."""
         self._count("kv_rows", rows)
-        put(self._stores["K"], rows, k)
-        put(self._stores["V"], rows, v)
+        put(self.stores["K"], rows, k)
+        put(self.stores["V"], rows, v)
 
     def output(self, o: Tensor) -> Tensor:
         """Output projection: (batch, n, heads * head_dim) -> (batch, n, d_model)."""
@@ -219,11 +227,11 @@ class Layer:
 
     def stored(self, name: str, rows: Tensor) -> Tensor:
         """Stored values at `rows`: "K", "V", "Q" as (batch, heads, n, head_dim), others as (batch, n, width)."""
-        return take(self._stores[name], rows)
+        return take(self.stores[name], rows)
 
     def store(self, name: str, rows: Tensor, x: Tensor) -> None:
         """Overwrite a store of the policy's own at `rows`, in the shape that `stored` returns."""
-        put(self._stores[name], rows, x)
+        put(self.stores[name], rows, x)
 
     # -- statistics over visible keys -----------------------------------------------------------------------------
 
@@ -262,7 +270,7 @@ class Layer:
 
     def _keys(self) -> tuple[Tensor, Tensor]:
         """K and V without the dump slot: (batch, kv_heads, slots, head_dim)."""
-        return self._stores["K"][:, :, : self.dump], self._stores["V"][:, :, : self.dump]
+        return self.stores["K"][:, :, : self.dump], self.stores["V"][:, :, : self.dump]
 
     def _count(self, name: str, rows: Tensor) -> None:
         books = self.now.books

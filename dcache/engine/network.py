@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dcache.arrays import Bools, positions
+from dcache.kernels.rows import put
 from dcache.models.transformer import Block, ModelSpec, Transformer
 
 if TYPE_CHECKING:
@@ -66,6 +69,37 @@ class Network:
         self.batch, self.slots = batch, slots
         self.layers = layers
         self._model = model
+        self._buffers: dict[str, Tensor] = {}
+        self._preloaded: Callable[[Bools], None] = lambda rows: None
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A device tensor of the policy's own, zeroed; ask for it in `begin` and write it in place.
+
+        The same name and shape give the same tensor for every batch, so that a captured pass stays valid.
+        """
+        held = self._buffers.get(name)
+        if held is None or held.shape != shape or held.dtype != dtype:
+            held = self._buffers[name] = torch.empty(shape, dtype=dtype, device=self.device)
+        return held.zero_()
+
+    def on_preload(self, note: Callable[[Bools], None]) -> None:
+        """Engine only: who keeps the list of written rows."""
+        self._preloaded = note
+
+    def preload(self, layer: int, rows: Bools, k: Tensor, v: Tensor) -> None:
+        """Put keys and values of an earlier request into the store, in `begin`; they count as written, not as computed.
+
+        Args:
+            layer: number of the layer; rows become visible once the last layer has them.
+            rows: (batch, slots) bool, with the same number of rows in every sequence.
+            k: (batch, kv_heads, n, head_dim), rotated for these positions.
+            v: (batch, kv_heads, n, head_dim).
+        """
+        where = torch.from_numpy(positions(rows, int(rows.sum(1).max()), self.slots)).to(self.device)
+        put(self.layers[layer].stores["K"], where, k)
+        put(self.layers[layer].stores["V"], where, v)
+        if layer == self.spec.n_layers - 1:
+            self._preloaded(rows)
 
     def weight(self, layer: int, name: str) -> Tensor:
         """One weight matrix of a layer: "q", "k", "v" (heads * head_dim, d_model), "out", "gate", "up", "down"."""

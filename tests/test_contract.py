@@ -1,0 +1,460 @@
+"""The contract carries the methods that are not built yet: one small policy per way of using it.
+
+Each stands for a published method, in the part that strains the contract, and has a configuration in which it must
+commit what no cache (or its inner policy) does. ``docs/explanation/contract.md`` walks through the same five.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dcache import (
+    CachePolicy,
+    DCacheError,
+    Filter,
+    Plan,
+    PolicyConfig,
+    PolicyError,
+    Sampling,
+    Seen,
+    State,
+    UnmaskerError,
+)
+from dcache.decode import decode
+from dcache.engine import Engine
+from dcache.engine.layer import Layer
+from dcache.engine.network import Network
+from dcache.errors import NumericsError
+from dcache.kernels.rows import put, take
+from dcache.kernels.select import find, lowest
+from dcache.models.transformer import ModelSpec, Transformer
+from dcache.policies.dkv import DKVCache
+from dcache.policies.elastic import ElasticCache
+from dcache.policies.none import NoCache
+from dcache.testing.models import random_model
+from dcache.testing.recorder import Recorder, SyncError
+from dcache.unmasking.base import Ask, Picks, Unmasker
+from dcache.unmasking.confidence import LowConfidence, Threshold
+
+MODEL = random_model(1, n_layers=4)
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3]]
+
+
+def start(model: Transformer = MODEL, gen: int = 8, block_length: int | None = None) -> State:
+    return State(model.spec, PROMPTS, gen, block_length)
+
+
+def run(policy: CachePolicy, unmasker: Unmasker | None = None, **engine: Any) -> tuple[list[Any], Engine]:
+    made = Engine(MODEL, policy, unmasker or LowConfidence(), debug=True, **engine)
+    return decode(made, start()), made
+
+
+def commits(trace: list[Any]) -> list[Any]:
+    return [[(int(b), int(p), int(s.tokens[b, p])) for b, p in zip(*np.nonzero(s.commit), strict=True)] for s in trace]
+
+
+REFERENCE = commits(run(NoCache())[0])
+
+
+class Rollout(CachePolicy):
+    """d2: attention rows of all layers, multiplied from the last to the first, reported once per sequence."""
+
+    class Config(PolicyConfig):
+        keep: int = 100
+
+    def begin(self, net: Network, state: State) -> None:
+        self.kept: list[Tensor] = []
+
+    def plan(self, state: State) -> Plan:
+        rows = state.valid
+        if state.seen is not None:  # the most attended rows, and what must be recomputed anyway
+            order = np.argsort(-state.seen.reports["column_sums"][:, :-1], axis=1, kind="stable")
+            chosen = np.zeros_like(state.valid)
+            np.put_along_axis(chosen, order[:, : self.config.keep], True, axis=1)
+            rows = chosen | state.changed | state.needed
+        return Plan(rows, watch=state.masked)
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        if at.index == 0:
+            self.kept = []  # tensors may pass from layer to layer within a pass
+        q = at.refresh(rows, h)
+        self.kept.append(at.head_mean(q))
+        if at.last:
+            sums = torch.ones_like(self.kept[0][:, 0])  # (batch, slots + 1)
+            for attention in reversed(self.kept):
+                at_rows = sums.gather(1, rows).masked_fill(rows == at.dump, 0)[..., None]
+                sums = 0.5 * (sums + (attention * at_rows).sum(1))
+            at.report("column_sums", sums, per_layer=False)
+        return rows, at.finish(h, at.attend(rows, q))
+
+
+class Chosen(CachePolicy):
+    """SPA, dLLM-Cache: K and V of the whole stream, queries where values moved, stored increments elsewhere."""
+
+    class Config(PolicyConfig):
+        share: float = 1.0
+
+    def stores(self, spec: ModelSpec) -> dict[str, int]:
+        return {"C": spec.d_model, "F": spec.d_model}
+
+    def plan(self, state: State) -> Plan:
+        first = bool((state.step[state.active] == 0).any())
+        most = state.slots if first else max(1, int(self.config.share * state.slots))
+        count = np.full(state.batch, most, dtype=np.int64)
+        return Plan(state.valid, kind=("first" if first else "later", most), flags={"count": count})
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        _, bound = at.kind  # type: ignore[misc]
+        q, k, v = at.project(rows, h)
+        moved = torch.cosine_similarity(v, at.stored("V", rows), dim=-1).mean(1).nan_to_num(-1.0)  # (batch, n)
+        moved = moved.masked_fill(rows == at.dump, 2.0)
+        at.write(rows, k, v)
+        index, real = lowest(moved, at.flags["count"], min(bound, rows.shape[1]))
+        picked = torch.where(real, take(rows[..., None], index)[..., 0], at.dump)
+        order = picked.sort(dim=1)
+        picked, index = order.values, index.gather(1, order.indices)
+        c = at.output(at.attend(picked, take(q, index)))
+        at.store("C", picked, c)
+        f = at.ffn(take(h, index) + c)
+        at.store("F", picked, f)
+        return rows, h + at.stored("C", rows) + at.stored("F", rows)
+
+
+class Evict(Filter):
+    """Sparse-dLLM: after the first step of a block, hide the keys that its queries attend to least."""
+
+    class Config(PolicyConfig):
+        keep: float = 1.0
+
+    def begin(self, net: Network, state: State) -> None:
+        super().begin(net, state)
+        shape = (net.spec.n_layers, net.batch, 1, net.slots)
+        self.shown = net.buffer("shown", shape, torch.bool).fill_(True)
+
+    def restrict(self, state: State, plan: Plan) -> Plan:
+        scoring = bool((state.block_step[state.active] == 1).all())
+        return replace(
+            plan, marks={**plan.marks, "evict": scoring}, visible=None if (state.step <= 1).all() else self.shown
+        )
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.inner.layer(at, rows, h)
+        if at.marks["evict"]:
+            assert at.q is not None
+            score = at.received(at.q, (rows < at.dump).float())[:, :-1]
+            n = score.shape[1]
+            index, _ = lowest(-score, n, max(1, round(self.config.keep * n)))
+            self.shown[at.index].fill_(False)
+            self.shown[at.index, :, 0].scatter_(1, index, True)
+        return out
+
+
+class Deep(CachePolicy):
+    """DeepCache: stored increments stand in for the middle layers; changed rows go through them on the side."""
+
+    class Config(PolicyConfig):
+        interval: int = 1
+
+    def stores(self, spec: ModelSpec) -> dict[str, int]:
+        return {"D": spec.d_model}
+
+    def begin(self, net: Network, state: State) -> None:
+        self.since = np.zeros_like(state.valid)
+        self.scratch = net.buffer("scratch", (net.batch, net.slots + 1, net.spec.d_model), net.dtype)
+
+    def plan(self, state: State) -> Plan:
+        full = int(state.step.max()) % self.config.interval == 0
+        self.since = np.zeros_like(state.valid) if full else self.since | state.changed
+        return Plan(state.valid, "full" if full else "cheap", sets={"side": self.since})
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        first, last = 1, at.spec.n_layers - 2  # the middle
+        if not first <= at.index <= last:
+            return at.compute(rows, h)
+        if at.index == first:
+            self.entry = h
+        if at.kind == "full":
+            rows, h = at.compute(rows, h)
+            if at.index == last:
+                at.store("D", rows, h - self.entry)
+                self.total = at  # the layer that holds D
+            return rows, h
+        if at.sets["side"].shape[1]:
+            side = at.sets["side"]
+            if at.index == first:
+                self.side = take(h, find(rows, side))
+            _, self.side = at.compute(side, self.side)
+        if at.index < last:
+            return rows, h
+        put(self.scratch, rows, self.entry + at.stored("D", rows))
+        if at.sets["side"].shape[1]:
+            put(self.scratch, at.sets["side"], self.side)
+        return rows, take(self.scratch, rows)
+
+
+class Reuse(CachePolicy):
+    """VLCache: keys and values of a prompt span come from an earlier request; only a share of them is recomputed."""
+
+    class Config(PolicyConfig):
+        anchors: int = 0
+
+    def __init__(self, memory: Mapping[int, tuple[Tensor, Tensor]] | None = None, **knobs: Any):
+        super().__init__(**knobs)
+        self.memory = memory
+
+    def begin(self, net: Network, state: State) -> None:
+        self.span = np.zeros_like(state.valid)
+        if self.memory is not None:
+            self.span[:, :3] = True
+            for index, (k, v) in self.memory.items():
+                net.preload(index, self.span, k, v)
+            self.span[:, : self.config.anchors] = False
+
+    def plan(self, state: State) -> Plan:
+        return Plan(state.valid & ~self.span)
+
+
+def test_rollout_of_all_rows_equals_no_cache() -> None:
+    trace, _ = run(Rollout(keep=100))
+    assert commits(trace) == REFERENCE
+    assert trace[0].reports["column_sums"].shape == (2, trace[0].rows.shape[1] + 1)
+
+
+def test_rollout_of_few_rows_computes_few_rows() -> None:
+    trace, _ = run(Rollout(keep=3))
+    assert all(s.rows.sum() < s.rows.size for s in trace[1:])
+
+
+def test_queries_and_keys_are_counted_apart_when_they_differ() -> None:
+    exact, _ = run(Chosen(share=1.0))
+    assert commits(exact) == REFERENCE
+    trace, _ = run(Chosen(share=0.4))
+    valid = np.array([[15], [11]])
+    for step in trace[1:]:
+        assert (step.kv_row_layers == (valid * step.active[:, None]).T).all()
+        assert (step.row_layers == 6 * step.active).all()
+
+
+def test_a_filter_that_keeps_every_key_equals_its_inner_policy() -> None:
+    for inner in (DKVCache(interval=4), ElasticCache(gamma=0.9)):
+        plain, _ = run(type(inner)(inner.config))
+        trace, _ = run(Evict(inner, keep=1.0))
+        assert commits(trace) == commits(plain)
+        assert [s.start is None for s in trace] == [s.start is None for s in plain]
+
+
+def test_a_filter_that_hides_keys_changes_confidences() -> None:
+    trace, plain = run(Evict(NoCache(), keep=0.5))[0], run(NoCache())[0]
+    later = [abs(a.confidence[a.commit] - b.confidence[a.commit]).max() for a, b in zip(trace, plain, strict=False)]
+    assert max(later[:2]) < 1e-6 < max(later[2:])
+
+
+def test_skipped_middle_layers_are_exact_when_every_step_is_full() -> None:
+    assert commits(run(Deep(interval=1))[0]) == REFERENCE
+    trace, _ = run(Deep(interval=3))
+    assert trace[1].row_layers[1:-1].sum() < trace[0].row_layers[1:-1].sum()
+
+
+def test_a_preloaded_span_of_the_same_request_is_exact_while_it_would_not_change() -> None:
+    """One layer: the keys of a prompt depend on its tokens alone, so those of an earlier request are exact."""
+    model = random_model(4, n_layers=1)
+    first = Engine(model, NoCache(), LowConfidence())
+    reference = decode(first, State(model.spec, PROMPTS, 8))
+    memory = {0: tuple(first.stores.tensors[n][0][:, :, :3].clone() for n in "KV")}
+    trace = decode(Engine(model, Reuse(memory), LowConfidence(), debug=True), State(model.spec, PROMPTS, 8))
+    assert commits(trace) == commits(reference)
+    assert not any(s.rows[:, :3].any() for s in trace)
+
+
+PATTERNS = [
+    lambda: Rollout(keep=3),
+    lambda: Chosen(share=0.4),
+    lambda: Evict(ElasticCache(gamma=0.95), keep=0.7),
+    lambda: Deep(interval=3),
+]
+
+
+@pytest.mark.parametrize("make", PATTERNS, ids=["rollout", "chosen", "evict", "deep"])
+def test_every_pattern_can_be_captured(make: Any) -> None:
+    eager, _ = run(make(), buckets=(8, 64))
+    recorder = Recorder()
+    engine = Engine(MODEL, make(), LowConfidence(), buckets=(8, 64), executor=recorder, debug=True)
+    for _ in range(3):
+        trace = decode(engine, start())
+        assert commits(trace) == commits(eager)
+    assert recorder.replayed > recorder.recorded > 0
+
+
+# -- the recorder finds what would break under capture ----------------------------------------------------------------
+
+
+class Peeks(CachePolicy):
+    def plan(self, state: State) -> Plan:
+        return Plan.all(state)
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        if float(h.sum()) == 1.5:
+            return rows, h
+        return at.compute(rows, h)
+
+
+class Counts(CachePolicy):
+    """Reads a Python number that changes from step to step: frozen at capture."""
+
+    def plan(self, state: State) -> Plan:
+        self.scale = 1.0 + int(state.step.max())
+        return Plan.all(state)
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return at.compute(rows, h + self.scale if at.last else h)
+
+
+def test_a_sync_inside_a_layer_is_refused_by_the_recorder() -> None:
+    with pytest.raises(SyncError, match="_local_scalar_dense"):
+        run(Peeks(), executor=Recorder(), buckets=(8, 64))
+
+
+def test_a_python_value_that_changes_is_frozen_by_the_recorder() -> None:
+    eager, _ = run(Counts(), buckets=(8, 64))
+    frozen, _ = run(Counts(), buckets=(8, 64), executor=Recorder())
+    pairs = zip(eager[2:], frozen[2:], strict=True)
+    assert not all(np.array_equal(a.confidence, b.confidence) for a, b in pairs)
+
+
+# -- a policy that breaks the contract is named, with step, expected and found ----------------------------------------
+
+
+def planning(make: Any, **more: Any) -> CachePolicy:
+    return type("Broken", (CachePolicy,), {"plan": lambda self, state: make(state), **more})()
+
+
+def layering(layer: Any) -> CachePolicy:
+    return planning(Plan.all, layer=lambda self, at, rows, h: layer(at, rows, h))
+
+
+BROKEN: dict[str, tuple[CachePolicy, str]] = {
+    "no batch axis": (planning(lambda s: Plan(s.valid[0])), r"row_mask has shape \(15,\).*add a batch axis"),
+    "wrong dtype": (planning(lambda s: Plan(s.valid.astype(np.int64))), "row_mask has dtype int64, expected bool"),
+    "a tensor": (planning(lambda s: Plan(torch.from_numpy(s.valid))), "row_mask is a Tensor, expected a numpy"),
+    "a set": (planning(lambda s: Plan(s.valid, sets={"x": s.valid[:, :3]})), r"sets\['x'\] has shape \(2, 3\)"),
+    "a flag": (planning(lambda s: Plan(s.valid, flags={"x": np.ones((3, 3))})), r"flags\['x'\] is \(3, 3\)"),
+    "flags of a kind": (
+        planning(lambda s: Plan(s.valid, flags={"x": np.ones(2) if s.step.max() else np.ones(2, bool)})),
+        "but were .* in an earlier step",
+    ),
+    "start without H": (planning(lambda s: Plan(s.valid, start=np.full(2, 1))), 'starts from the store "H"'),
+    "start out of range": (planning(lambda s: Plan(s.valid, start=np.full(2, 9))), r"start is \[9, 9\].*0\.\.4"),
+    "start without a pass": (
+        planning(lambda s: Plan(s.valid, start=np.full(2, 1)), stores=lambda self, spec: {"H": spec.d_model}),
+        "not all of its rows have had a pass yet",
+    ),
+    "visible": (planning(lambda s: Plan(s.valid, visible=s.valid[:, :3])), r"visible has shape \(2, 3\)"),
+    "unwritten keys": (planning(lambda s: Plan(s.needed)), "attends to position 0, whose key and value nobody"),
+    "rows of a layer": (layering(lambda at, rows, h: (rows.float(), h)), "layer 0 returned rows"),
+    "h of a layer": (layering(lambda at, rows, h: (rows, h[:, :2])), r"layer 0 returned h \(2, 2, 32\)"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_plan_is_refused_by_name_step_and_value(name: str) -> None:
+    policy, message = BROKEN[name]
+    with pytest.raises(PolicyError, match=message) as caught:
+        run(policy)
+    assert str(caught.value).startswith("policy 'Broken', step ")
+
+
+def test_a_sequence_that_never_computes_its_window_stops_the_run_and_names_the_rows() -> None:
+    policy = planning(lambda s: Plan(s.valid if s.step.max() == 0 else s.prompt))
+    with pytest.raises(PolicyError, match=r"committed nothing for 8 steps; of its window, positions \[7,"):
+        run(policy)
+
+
+def test_a_layer_that_makes_nan_is_named() -> None:
+    policy = layering(lambda at, rows, h: at.compute(rows, h * (float("nan") if at.index == 2 else 1)))
+    with pytest.raises(NumericsError, match="first in layer 2"):
+        run(policy)
+
+
+def test_a_review_of_a_finished_sequence_is_refused() -> None:
+    class Late(NoCache):
+        def stores(self, spec: ModelSpec) -> dict[str, int]:
+            return {"H": spec.d_model}
+
+        def review(self, state: State, plan: Plan, seen: Seen) -> Plan | None:
+            return None if state.active.all() else Plan(state.valid, "again", start=np.zeros(2, dtype=np.int64))
+
+    engine = Engine(MODEL, Late(), LowConfidence())
+    with pytest.raises(PolicyError, match="review returned rows for sequence 1, which is finished"):
+        decode(engine, State(MODEL.spec, PROMPTS, [8, 4]))
+
+
+class Greedy(Threshold):
+    """Commits everything that was predicted, its window or not."""
+
+    def ask(self, state: State) -> Ask:
+        return replace(super().ask(state), window=state.masked & (np.arange(state.slots) < 8), read=state.masked)
+
+    def pick(self, logits: Tensor, at: Any) -> Picks:
+        picks = super().pick(logits, at)
+        return replace(picks, commit=at.predicted)
+
+
+class Masker(Threshold):
+    def pick(self, logits: Tensor, at: Any) -> Picks:
+        picks = super().pick(logits, at)
+        return replace(picks, tokens=torch.full_like(picks.tokens, at.mask_id))
+
+
+def test_an_unmasker_that_commits_outside_its_window_is_refused() -> None:
+    with pytest.raises(UnmaskerError, match="outside the window"):
+        run(NoCache(), Greedy())
+
+
+def test_an_unmasker_that_commits_the_mask_is_refused() -> None:
+    with pytest.raises(UnmaskerError, match="the mask token was committed at position"):
+        run(NoCache(), Masker())
+
+
+def test_a_re_masking_unmasker_decodes_again_what_it_took_back() -> None:
+    class Twice(LowConfidence):
+        """Takes its first commit back once, in step 2."""
+
+        def ask(self, state: State) -> Ask:
+            return replace(
+                super().ask(state),
+                read=state.valid & ~state.prompt,
+                flags={
+                    "quota": np.ones(state.batch, dtype=np.int64),
+                    "back": np.where((state.step == 2)[:, None], state.changed, False),
+                },
+            )
+
+        def pick(self, logits: Tensor, at: Any) -> Picks:
+            return replace(super().pick(logits, at), remask=at.flags["back"])
+
+    for policy in (NoCache(), DKVCache(interval=4), ElasticCache()):
+        trace, engine = run(policy, Twice())
+        assert sum(int(s.remask.sum()) for s in trace) == 2
+        assert not engine.state.masked.any()
+        assert (engine.state.tokens[engine.state.valid] != MODEL.spec.mask_id).all()
+
+
+def test_every_error_is_a_dcache_error() -> None:
+    for kind in (PolicyError, UnmaskerError, NumericsError):
+        assert issubclass(kind, DCacheError)
+
+
+def test_sampling_depends_on_the_sequence_and_not_on_the_batch() -> None:
+    sampling = Sampling(temperature=1.0, seed=3)
+    both = decode(Engine(MODEL, NoCache(), LowConfidence(sampling=sampling)), start())
+    state = State(MODEL.spec, PROMPTS[1:], 8, ids=[1])
+    alone = decode(Engine(MODEL, NoCache(), LowConfidence(sampling=sampling)), state)
+    for a, b in zip(both, alone, strict=True):
+        assert (a.tokens[1, :11] == b.tokens[0]).all()
+    other = decode(Engine(MODEL, NoCache(), LowConfidence(sampling=Sampling(temperature=1.0, seed=4))), start())
+    assert commits(other) != commits(both)
