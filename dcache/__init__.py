@@ -11,6 +11,7 @@ if not (_here / "policies").is_dir():  # a source checkout: the subpackages lie 
 __version__ = "0.1.0"
 
 # isort: split
+from dcache.compare import Comparison, compare
 from dcache.errors import DCacheError, ModelError, NumericsError, PluginError, PolicyError, UnmaskerError, UsageError
 from dcache.generate import Output, generate
 from dcache.hookspecs import Register, hookimpl
@@ -26,6 +27,7 @@ __all__ = [
     "Ask",
     "Asked",
     "CachePolicy",
+    "Comparison",
     "DCacheError",
     "Family",
     "Filter",
@@ -50,6 +52,7 @@ __all__ = [
     "Update",
     "UsageError",
     "__version__",
+    "compare",
     "generate",
     "hookimpl",
     "load_model",

@@ -4,8 +4,9 @@ A name, then optional ``knob=value`` pairs. A value is an integer, a float, ``tr
 The parser says where it stopped; what the values mean is for the knobs' own class to judge.
 """
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -99,3 +100,48 @@ def parse_call(text: str) -> Call:
             raise UsageError(f"{text!r}: {knob} is given twice")
         knobs[knob] = parse_value(value)
     return Call(name.strip(), knobs)
+
+
+def policy_calls(policies: str, sets: Sequence[str] = (), sweeps: Sequence[str] = ()) -> list[Call]:
+    """The calls that a list of policies, assignments ``policy.knob=value`` and sweeps ``policy.knob=v1,v2`` ask for.
+
+    An assignment changes every listed policy of its name. A sweep replaces each by one call per value, or adds them if
+    none is listed; two sweeps of one policy give all combinations.
+    """
+    calls = [parse_call(text) for text in split_list(policies)]
+    for text in sets:
+        name, knob, value = _assignment(text, "--set")
+        if name not in [call.name for call in calls]:
+            raise UsageError(f"--set {text}: {name!r} is not one of --policies {policies}; add it there")
+        calls = [_with(call, knob, value, f"--set {text}") if call.name == name else call for call in calls]
+    for text in sweeps:
+        name, knob, values = _assignment(text, "--sweep")
+        if name not in [call.name for call in calls]:
+            calls.append(Call(name))
+        swept = (
+            [_with(call, knob, value, f"--sweep {text}") for value in split_list(values)]
+            if call.name == name
+            else [call]
+            for call in calls
+        )
+        calls = list(itertools.chain.from_iterable(swept))
+    return calls
+
+
+def _assignment(text: str, flag: str) -> tuple[str, str, str]:
+    """Name, knob and value of ``policy.knob=value``."""
+    target, _, value = text.partition("=")
+    name, _, knob = (part.strip() for part in target.partition("."))
+    if not (NAME.fullmatch(name) and KNOB.fullmatch(knob) and value.strip()):
+        values = "value" if flag == "--set" else "v1,v2,..."
+        raise UsageError(f"{flag} {text}: write {flag} policy.knob={values}, e.g. {flag} elastic.gamma=0.95")
+    return name, knob, value.strip()
+
+
+def _with(call: Call, knob: str, value: str, where: str) -> Call:
+    if knob in call.knobs:
+        raise UsageError(f"{where}: {call} has its {knob} already; give it once")
+    try:
+        return call.replace(**{knob: parse_value(value)})
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None

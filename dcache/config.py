@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from dcache.unmasking.base import Sampling
 
 DEFAULT_GEN_LENGTH = 96
+DEFAULT_POLICIES = ("elastic", "dkv")
 
 
 class DecodeSettings(Sampling):
@@ -29,3 +30,14 @@ class DecodeSettings(Sampling):
     def sampling(self) -> Sampling:
         """The part that an unmasker is given."""
         return Sampling(**{name: getattr(self, name) for name in Sampling.model_fields})
+
+
+class CompareSettings(BaseModel):
+    """Which problems a comparison decodes, and how often."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str = Field("gsm-mini", description="task whose problems are decoded")
+    split: str = Field("test", description="split of the task")
+    limit: int | None = Field(12, ge=1, description="number of problems, from the first on; none: the whole split")
+    repeats: int = Field(1, ge=1, description="times that everything is decoded; 2 or more give tok/s a spread")

@@ -1,0 +1,285 @@
+"""The command line: parse, call, print. Every help text and default comes from the settings' own classes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+
+import dcache
+from dcache import catalog, report
+from dcache.calls import policy_calls
+from dcache.compare import Comparison, Experiment, Run
+from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings
+from dcache.errors import DCacheError, UsageError
+from dcache.generate import Output, Runner, prompt_ids, settings_from
+from dcache.plugins import load_model, make_policy
+from dcache.tasks.base import Task
+from dcache.tasks.prompts import Prompts
+from dcache.text import printable
+from dcache.trace import Step
+
+INTERRUPTED = 130
+REPORT_EVERY_S = 30.0
+COUNT = "INTEGER|none"
+
+app = typer.Typer(
+    help="Cache policies for diffusion language models, compared under one decoding loop and one engine.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def setting(settings: type[BaseModel], name: str, **options: Any) -> Any:
+    """An option for a field, with its description and default."""
+    field = settings.model_fields[name]
+    default = "" if field.default is None or field.default is False else f"  [default: {field.default}]"
+    return typer.Option("--" + name.replace("_", "-"), help=f"{field.description}{default}", **options)
+
+
+def option(help: str, *flags: str, **options: Any) -> Any:
+    """An option of the command line alone."""
+    return typer.Option(*flags, help=help, **options)
+
+
+ModelName = Annotated[str, option("a shipped model, a folder, a hub id, or a shape such as llada-8b:random", "--model")]
+PromptsFile = Annotated[Path | None, option('prompts, one JSON object per line: {"prompt": "..."}', "--prompts")]
+Device = Annotated[str | None, option("cpu, cuda or cuda:1; the GPU if there is one", "--device")]
+Dtype = Annotated[str | None, option("bfloat16 on a GPU and float32 on a CPU unless given", "--dtype")]
+GenLength = Annotated[str | None, setting(DecodeSettings, "gen_length", metavar=COUNT)]
+BlockLength = Annotated[str | None, setting(DecodeSettings, "block_length", metavar=COUNT)]
+Unmask = Annotated[str | None, setting(DecodeSettings, "unmask")]
+Temperature = Annotated[float | None, setting(DecodeSettings, "temperature")]
+Seed = Annotated[int | None, setting(DecodeSettings, "seed")]
+ForbidEos = Annotated[bool | None, setting(DecodeSettings, "forbid_eos", is_flag=True)]
+EosLast = Annotated[str | None, setting(DecodeSettings, "eos_last")]
+AfterEnd = Annotated[str | None, setting(DecodeSettings, "after_end")]
+BatchSize = Annotated[int | None, setting(DecodeSettings, "batch_size")]
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The settings that were given; the word ``none`` stands for None."""
+    return {name: None if value == "none" else value for name, value in values.items() if value is not None}
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context, version: Annotated[bool, option("Show the version and exit.", "--version")] = False
+) -> None:
+    """Print the version, or without a command the help."""
+    if version:
+        print(f"dcache {dcache.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def compare(
+    policies: Annotated[str, option("what to compare, e.g. 'elastic(gamma=0.95),dkv'; none is always run")] = ",".join(
+        DEFAULT_POLICIES
+    ),
+    model: ModelName = "tiny-llada",
+    task: Annotated[str | None, setting(CompareSettings, "task")] = None,
+    prompts: PromptsFile = None,
+    split: Annotated[str | None, setting(CompareSettings, "split")] = None,
+    limit: Annotated[str | None, setting(CompareSettings, "limit", metavar=COUNT)] = None,
+    repeats: Annotated[int | None, setting(CompareSettings, "repeats")] = None,
+    out: Annotated[Path | None, option("folder for results.jsonl; the same command continues it", "--out")] = None,
+    set_: Annotated[list[str] | None, option("policy.field=value, as often as needed", "--set")] = None,
+    sweep: Annotated[list[str] | None, option("policy.field=v1,v2,...: one run per value", "--sweep")] = None,
+    format_: Annotated[str, option("table, json, csv or markdown", "--format")] = "table",
+    gen_length: GenLength = None,
+    block_length: BlockLength = None,
+    unmask: Unmask = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    forbid_eos: ForbidEos = None,
+    eos_last: EosLast = None,
+    after_end: AfterEnd = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Run policies on the same problems and print how they did."""
+    if format_ not in report.FORMATS:
+        raise UsageError(f"unknown format {format_!r}; choose one of {', '.join(report.FORMATS)}")
+    if prompts is not None and (task is not None or split is not None):
+        raise UsageError(f"--prompts replaces the task; leave {'--task' if task else '--split'} out")
+    settings = given(
+        split=split, limit=limit, repeats=repeats, gen_length=gen_length, block_length=block_length, unmask=unmask,
+        temperature=temperature, seed=seed, forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end,
+        batch_size=batch_size,
+    )  # fmt: skip
+    source: Task | str | None = task if prompts is None else Prompts(prompts)
+    experiment = Experiment(policy_calls(policies, set_ or [], sweep or []), source, **settings)
+    run = Run(experiment, load_model(model, device=device, dtype=dtype), out)
+    try:
+        watch(run)
+    except KeyboardInterrupt:
+        show(run.comparison, format_)
+        again = "Nothing was kept; give --out to be able to continue."
+        note(f"interrupted. {again if out is None else f'To continue, repeat the command with --out {out}'}")
+        raise typer.Exit(INTERRUPTED) from None
+    show(run.comparison, format_)
+
+
+def watch(run: Run) -> None:
+    """Run it, with a progress bar on a terminal, and a line now and then elsewhere."""
+    total, names = run.experiment.n_texts, printable(", ".join(run.experiment.policies))
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("decoding", total=total, completed=len(run.results))
+            for _ in run:
+                bar.update(task, completed=len(run.results))
+        return
+    kept = f"; {len(run.results)} of {total} texts are there already" if run.results else ""
+    note(f"comparing {names} on {len(run.experiment.problems)} problems{kept}")
+    last = time.monotonic()
+    for _ in run:
+        if time.monotonic() - last > REPORT_EVERY_S:
+            last = time.monotonic()
+            note(f"{len(run.results)} of {total} texts")
+
+
+def show(comparison: Comparison, format_: str) -> None:
+    """The table on stdout, warnings on stderr."""
+    rows = comparison.standings
+    print(report.FORMATS[format_](comparison.conditions, rows), end="", flush=True)
+    for text in report.warnings(comparison.conditions, rows):
+        note(f"warning: {text}")
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="the prompt; - reads it from stdin")] = None,
+    policy: Annotated[str, option("a policy, e.g. 'elastic(gamma=0.95)'", "--policy")] = "elastic",
+    model: ModelName = "tiny-llada",
+    prompts: PromptsFile = None,
+    trace: Annotated[bool, option("print one line per denoising step to stderr", "--trace")] = False,
+    gen_length: GenLength = None,
+    block_length: BlockLength = None,
+    unmask: Unmask = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    forbid_eos: ForbidEos = None,
+    eos_last: EosLast = None,
+    after_end: AfterEnd = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Decode one prompt to stdout; or a file of prompts, to one JSON object per line."""
+    settings = settings_from(
+        **given(
+            gen_length=gen_length, block_length=block_length, unmask=unmask, temperature=temperature, seed=seed,
+            forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end, batch_size=batch_size,
+        )
+    )  # fmt: skip
+    if (prompt is None) == (prompts is None):
+        raise UsageError("give a prompt or --prompts FILE, and not both")
+    make_policy(policy)
+    texts = {"prompt": _prompt(prompt)} if prompt is not None else {}
+    if prompts is not None:
+        texts = {problem.id: problem.prompt for problem in Prompts(prompts).problems("", None, 0)}
+    runner = Runner(load_model(model, device=device, dtype=dtype), policy, settings)
+    ids = [prompt_ids(runner.model, text) for text in texts.values()]
+    names = list(texts)
+    for begin in range(0, len(ids), settings.batch_size):
+        batch = range(begin, min(begin + settings.batch_size, len(ids)))
+        for i, output in zip(batch, runner.run([ids[i] for i in batch], ids=batch), strict=True):
+            if prompts is None:
+                print(printable(output.text or ""), flush=True)
+            else:
+                print(json.dumps({"id": names[i], "text": output.text}), flush=True)
+            _explain(output, trace)
+
+
+def _prompt(text: str) -> str:
+    try:
+        text = sys.stdin.read() if text == "-" else text
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin cannot be read as text: {error}") from None
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    return text
+
+
+def _explain(output: Output, steps: bool) -> None:
+    trace = output.trace
+    if steps:
+        for step in trace.mine:
+            note(_step(step, trace.index))
+    rate = len(output.tokens) / trace.seconds if trace.seconds else 0.0
+    note(
+        f"{len(output.tokens)} tokens, {trace.nfe} forward calls, {100 * trace.row_share:.0f} % of the rows, "
+        f"{trace.refreshes} refreshes, {trace.seconds:.2f} s, {rate:.1f} tok/s"
+    )
+
+
+def _step(step: Step, b: int) -> str:
+    what = "  refresh" if step.refresh[b] else ""
+    if step.again is not None and step.start is not None and step.again[b].any():
+        what += f" from layer {int(step.start[b])}"
+    commits = ", ".join(str(i) for i in step.commit[b].nonzero()[0])
+    return f"step {int(step.step[b]):4}  rows {int(step.rows[b].sum()):5}  commits at {commits or 'none'}{what}"
+
+
+@app.command()
+def policies(
+    as_json: Annotated[bool, option("print JSON", "--json")] = False,
+    unmaskers: Annotated[bool, option("list unmaskers instead", "--unmaskers")] = False,
+) -> None:
+    """List policies, or unmaskers, with their papers and knobs."""
+    listings = catalog.unmaskers() if unmaskers else catalog.policies()
+    print(json.dumps(catalog.as_data(listings), indent=2) if as_json else catalog.as_text(listings))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns its exit code: 0, 1 for a defect, 2 for a mistake of the caller, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if callable(reconfigure := getattr(stream, "reconfigure", None)):
+            reconfigure(errors="backslashreplace")  # a terminal without Unicode shows escapes
+    return quietly(lambda: app(None if arguments is None else list(arguments), "dcache", standalone_mode=False))
+
+
+def quietly(command: Callable[[], object]) -> int:
+    """Turn exceptions into one line on stderr and an exit code."""
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except DCacheError as error:
+        return _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader left; nothing is to be flushed at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own usage errors
+            raise
+        return _fail(f"{error.format_message()} (dcache --help lists commands and options)", 2)
+
+
+def _fail(message: str, code: int) -> int:
+    note("error: " + " ".join(message.splitlines()))
+    return code

@@ -1,0 +1,379 @@
+"""Run policies on the same prompts, interleaved, and write every result as soon as it exists.
+
+All policies of a comparison share weights, prompts, seed, noise, unmasker and settings. They take turns problem by
+problem, each time in another order, so that a machine that slows down slows all of them; one short run of each goes
+before the clock starts.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from os import PathLike
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+
+import dcache
+from dcache import report
+from dcache.calls import Call
+from dcache.conditions import device_name, prompt_of, source_of, version_of, weights_of, written
+from dcache.config import DEFAULT_POLICIES, CompareSettings
+from dcache.errors import UsageError
+from dcache.generate import Output, Runner, prompt_ids, settings_from, unmasker_of
+from dcache.models.loading import Model
+from dcache.plugins import explain, make_policy, plugins
+from dcache.policy import CachePolicy
+from dcache.results import FILE, Conditions, Entrant, Result, ResultFile, line_of, read_results
+from dcache.tasks.base import Problem, Task
+from dcache.tasks.prompts import Prompts
+
+if TYPE_CHECKING:
+    from pandas import DataFrame  # type: ignore[import-untyped]
+
+REFERENCE = "none"
+WARM_UP_ROWS = 8
+Policy = str | Call | CachePolicy
+
+
+class Experiment:
+    """What is compared. It needs no model, so that a mistake shows before one is loaded.
+
+    Args:
+        policies: names, calls such as ``"elastic(gamma=0.95)"``, or instances; `none` is added as the reference.
+        task: a name, or an instance: ``Prompts("mine.jsonl")``.
+        settings: fields of `CompareSettings` and `DecodeSettings`.
+
+    Attributes:
+        policies: what runs, by the name that it has in the table; the reference first.
+        problems: what is decoded.
+        split: of the task; None for a file of prompts, which has none.
+
+    Raises:
+        UsageError: for what does not exist or cannot be, and for a policy that is given twice.
+    """
+
+    def __init__(self, policies: Sequence[Policy] = DEFAULT_POLICIES, task: str | Task | None = None, **settings: Any):
+        self.run = _own({k: settings.pop(k) for k in [*settings] if k in CompareSettings.model_fields}, task)
+        self.task: Task = plugins().tasks.get(self.run.task).thing() if not isinstance(task, Task) else task
+        self.settings = settings_from(**settings)
+        if self.settings.gen_length is None:
+            self.settings = self.settings.model_copy(update={"gen_length": self.task.gen_length})
+        self.policies: dict[str, CachePolicy] = {REFERENCE: make_policy(REFERENCE)}
+        seen = set()
+        for policy in map(make_policy, policies):
+            name = written(policy)
+            if name in seen:
+                raise UsageError(f"policy {name!r} is listed twice; it would be run twice to the same tokens")
+            seen.add(name)
+            self.policies[name] = policy
+        for policy in self.policies.values():
+            unmasker_of(policy, self.settings)
+        self.split = None if isinstance(self.task, Prompts) else self.run.split
+        self.problems: list[Problem] = self.task.problems(self.run.split, self.run.limit, self.settings.seed)
+
+    @property
+    def task_name(self) -> str:
+        """The task, with the file if its problems are those of a file."""
+        return f"{self.task.name} {self.task.path.name}" if isinstance(self.task, Prompts) else self.task.name
+
+    @property
+    def n_texts(self) -> int:
+        """Results of the whole comparison."""
+        return len(self.problems) * len(self.policies) * self.run.repeats
+
+    def conditions(self, model: Model, unmaskers: dict[str, str]) -> Conditions:
+        """Everything that results depend on; `unmaskers` as each policy runs with them."""
+        entrants = [
+            Entrant(
+                policy=name,
+                name=policy.name or type(policy).__name__,
+                source=source_of(policy),
+                knobs=policy.config.model_dump(mode="json"),
+                unmask=unmaskers[name],
+            )
+            for name, policy in self.policies.items()
+        ]
+        return Conditions(
+            dcache=dcache.__version__,
+            python=platform.python_version(),
+            torch=torch.__version__,
+            triton=version_of("triton"),
+            device=model.device.type,
+            device_name=device_name(model.device),
+            threads=torch.get_num_threads() if model.device.type == "cpu" else None,
+            dtype=str(model.dtype).removeprefix("torch."),
+            model=model.name,
+            n_parameters=model.spec.n_parameters,
+            weights=weights_of(model),
+            task=self.task_name,
+            split=self.split,
+            limit=self.run.limit,
+            n_problems=len(self.problems),
+            seed=self.settings.seed,
+            repeats=self.run.repeats,
+            settings=self.settings.model_dump(mode="json", exclude={"seed"}),
+            policies=entrants,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+
+def _own(settings: dict[str, Any], task: str | Task | None) -> CompareSettings:
+    name = {} if task is None else {"task": task if isinstance(task, str) else task.name}
+    try:
+        return CompareSettings.model_validate(settings | name)
+    except ValidationError as error:
+        raise UsageError("; ".join(explain("the comparison", CompareSettings, e) for e in error.errors())) from None
+
+
+class Run:
+    """An experiment on a model, in the middle of it: iterate to decode what is missing, batch by batch.
+
+    Args:
+        experiment: what to compare.
+        model: on which model.
+        out: folder for ``results.jsonl``; what an earlier run of the same conditions left there is not run again.
+        clock: seconds, for wall times.
+
+    Attributes:
+        results: what exists so far, by (repeat, problem, policy).
+
+    Raises:
+        UsageError: for a prompt that does not fit the model, or a folder with results of other conditions.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        model: Model,
+        out: str | PathLike[str] | None = None,
+        clock: Callable[[], float] | None = None,
+    ):
+        self.experiment, self.model = experiment, model
+        self.clock = clock or perf_counter
+        self.prompts = [prompt_ids(model, problem.prompt) for problem in experiment.problems]
+        self._check_lengths()
+        self.runners = {name: Runner(model, p, experiment.settings) for name, p in experiment.policies.items()}
+        self.runners[REFERENCE].state(self.prompts)  # lengths and blocks, before anything runs
+        self.marks = [prompt_of(i, p.answer) for i, p in zip(self.prompts, experiment.problems, strict=True)]
+        self.conditions = experiment.conditions(model, {n: written(r.unmasker) for n, r in self.runners.items()})
+        self.memory = Memory(model.device)
+        self.results: dict[tuple[int, str, str], Result] = {}
+        self.file = None if out is None else ResultFile(out, self.conditions)
+        if self.file is not None:
+            self._take_over(self.file)
+
+    def _check_lengths(self) -> None:
+        room = self.model.spec.max_positions - (self.experiment.settings.gen_length or 0)
+        for problem, ids in zip(self.experiment.problems, self.prompts, strict=True):
+            if len(ids) > room:
+                raise UsageError(
+                    f"problem {problem.id!r} has a prompt of {len(ids)} tokens; with gen_length "
+                    f"{self.experiment.settings.gen_length} the model has room for {room}; shorten one of them"
+                )
+
+    def _take_over(self, file: ResultFile) -> None:
+        marks = {problem.id: mark for problem, mark in zip(self.experiment.problems, self.marks, strict=True)}
+        for result in file.results:
+            if result.problem not in marks or result.repeat >= self.experiment.run.repeats:
+                continue
+            if marks[result.problem] != result.prompt:
+                file.close()
+                raise UsageError(
+                    f"{file.path} has results for another prompt or answer of problem {result.problem!r}; "
+                    "choose another directory"
+                )
+            self.results[result.key] = result
+
+    def __iter__(self) -> Iterator[list[Result]]:
+        """Decode what is missing; yields the results of one batch under one policy once they are written."""
+        try:
+            missing = [*self._missing()]
+            for name in dict.fromkeys(name for _, name, _ in missing):
+                self._warm_up(name)
+            for repeat, name, indices in missing:
+                results = self._decode(repeat, name, indices)
+                if self.file is not None:
+                    self.file.write(results)
+                self.results |= {result.key: result for result in results}
+                yield results
+        finally:
+            if self.file is not None:
+                self.file.close()
+
+    def _missing(self) -> Iterator[tuple[int, str, list[int]]]:
+        """Repeat, policy and problems of every batch that is still to be decoded, in the order of decoding."""
+        problems, size = self.experiment.problems, self.experiment.settings.batch_size
+        names = list(self.runners)
+        for repeat in range(self.experiment.run.repeats):
+            for number, begin in enumerate(range(0, len(problems), size)):
+                turn = (repeat + number) % len(names)
+                for name in names[turn:] + names[:turn]:
+                    batch = range(begin, min(begin + size, len(problems)))
+                    indices = [i for i in batch if (repeat, problems[i].id, name) not in self.results]
+                    if indices:
+                        yield repeat, name, indices
+
+    def _warm_up(self, name: str) -> None:
+        settings = self.experiment.settings
+        rows = min(settings.gen_length or WARM_UP_ROWS, WARM_UP_ROWS)
+        short = settings.model_copy(update={"gen_length": rows, "block_length": None})
+        Runner(self.model, self.experiment.policies[name], short).run(self.prompts[: settings.batch_size])
+
+    def _decode(self, repeat: int, name: str, indices: list[int]) -> list[Result]:
+        runner = self.runners[name]
+        self.memory.begin()
+        began = self.clock()
+        outputs = runner.run([self.prompts[i] for i in indices], ids=indices)
+        seconds = self.clock() - began
+        peak = self.memory.end(name)
+        cache = sum(runner.engine.store_bytes.values())
+        return [
+            self._result(repeat, name, i, output, seconds / len(indices), len(indices), peak, cache)
+            for i, output in zip(indices, outputs, strict=True)
+        ]
+
+    def _result(
+        self, repeat: int, name: str, index: int, out: Output, seconds: float, batch: int, peak: int | None, cache: int
+    ) -> Result:
+        problem, trace = self.experiment.problems[index], out.trace
+        return Result(
+            repeat=repeat,
+            problem=problem.id,
+            prompt=self.marks[index],
+            policy=name,
+            text=out.text,
+            tokens=out.tokens,
+            canvas=out.canvas,
+            correct=None if out.text is None else self.experiment.task.score(problem, out.text),
+            n_tokens=len(out.tokens),
+            nfe=trace.nfe,
+            seconds=round(seconds, 6),
+            batch=batch,
+            row_layers=trace.row_layers,
+            kv_row_layers=trace.kv_row_layers,
+            full_row_layers=trace.length * trace.n_layers * trace.nfe,
+            row_share=round(trace.row_share, 6),
+            refreshes=trace.refreshes,
+            step_ms=[round(step.seconds * 1000, 3) for step in trace.mine],
+            peak_bytes=peak,
+            cache_bytes=cache,
+        )
+
+    @property
+    def comparison(self) -> Comparison:
+        """What exists so far."""
+        return Comparison(self.conditions, list(self.results.values()))
+
+
+class Memory:
+    """GPU memory of one policy at a time, although the stores of all of them stay allocated."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.on_gpu = device, device.type == "cuda"
+        self.held: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """A run begins."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+
+    def end(self, name: str) -> int | None:
+        """A run of a policy ended: its peak in bytes, less what the others hold; None on a CPU."""
+        if not self.on_gpu:
+            return None
+        self.held[name] = self.held.get(name, 0) + torch.cuda.memory_allocated(self.device) - self.before
+        others = sum(n_bytes for other, n_bytes in self.held.items() if other != name)
+        return int(torch.cuda.max_memory_allocated(self.device)) - others
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results of a comparison, whole or as far as it came.
+
+    Attributes:
+        conditions: under which they were found.
+        results: one per decoded text.
+    """
+
+    conditions: Conditions
+    results: list[Result]
+
+    @property
+    def standings(self) -> list[report.Standing]:
+        """One row per policy: what the table shows, as numbers."""
+        return report.standings(self.conditions, self.results)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to keep in mind when reading the table, each with a next step."""
+        return report.warnings(self.conditions, self.standings)
+
+    def table(self) -> str:
+        """Conditions, one line per policy, and a summary: the text that ``dcache compare`` prints."""
+        return report.table(self.conditions, self.standings)
+
+    def to_pandas(self) -> DataFrame:
+        """One row per result."""
+        from pandas import DataFrame
+
+        return DataFrame([result.model_dump(exclude={"kind"}) for result in self.results])
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write ``results.jsonl`` into a folder, as ``out=`` does; returns the file. Other results are left alone."""
+        file = Path(path) / FILE
+        data = b"".join([line_of(self.conditions), *map(line_of, self.results)])
+        try:
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data)
+                return file
+        except OSError as error:
+            raise UsageError(f"results cannot be written to {file}: {error.strerror}") from error
+        if self.load(path) != self:
+            raise UsageError(f"{file} exists and holds other results; choose another directory")
+        return file
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> Comparison:
+        """Read what `save` or ``out=`` wrote."""
+        conditions, results, _ = read_results(Path(path) / FILE)
+        if not conditions:
+            raise UsageError(f"{Path(path) / FILE} holds no results")
+        return Comparison(conditions[-1], results)
+
+
+def compare(
+    model: Model,
+    policies: Sequence[Policy] = DEFAULT_POLICIES,
+    task: str | Task | None = None,
+    *,
+    out: str | PathLike[str] | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Run policies on the same problems.
+
+    Args:
+        model: from `load_model`.
+        policies: names, calls such as ``"elastic(gamma=0.95)"``, or instances; `none` always runs as the reference.
+        task: a task's name, or an instance; None is gsm-mini.
+        out: folder for ``results.jsonl``, written line by line; the same call again continues where it stopped.
+        settings: limit, repeats and split of `CompareSettings`; gen_length, block_length, unmask, temperature, seed,
+            batch_size, ... of `DecodeSettings`.
+
+    Returns:
+        a `Comparison`; ``print(result.table())``.
+
+    Raises:
+        UsageError: for unknown names, knobs out of bounds, prompts that do not fit, and results of other conditions.
+    """
+    run = Run(Experiment(policies, task, **settings), model, out)
+    for _ in run:
+        pass
+    return run.comparison

@@ -1,0 +1,283 @@
+"""What a comparison writes down: its conditions, then one line per decoded text, as soon as it exists.
+
+``results.jsonl`` holds JSON objects, one per line: a `Conditions`, then a `Result` per (repeat, problem, policy). A
+resumed comparison adds its own conditions line, with its own start, before what it adds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dcache.errors import UsageError
+
+FILE = "results.jsonl"
+MAY_GROW = frozenset({"started", "limit", "n_problems", "repeats"})
+"""Conditions in which a resumed comparison may differ: they change no result, only how many there are."""
+
+
+class Entrant(BaseModel):
+    """A policy of a comparison.
+
+    Attributes:
+        policy: as the table calls it: its name and the knobs that differ from the defaults.
+        name: as registered.
+        source: the distribution that it comes from.
+        knobs: all of them, defaults included.
+        unmask: the unmasker that it ran with, as written.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: str
+    name: str
+    source: str
+    knobs: dict[str, Any]
+    unmask: str
+
+
+class Conditions(BaseModel):
+    """Everything that the results of a comparison depend on.
+
+    Attributes:
+        dcache, python, torch, triton: versions; triton is None where it is not installed.
+        device: "cpu" or "cuda".
+        device_name: of the GPU, or of the CPU.
+        threads: of torch, on a CPU; None on a GPU.
+        dtype: "float32".
+        model: what it was loaded as.
+        n_parameters: number of weights.
+        weights: fingerprint of the weights, from a sample of every tensor.
+        task, split, limit, seed: which problems; the seed is also that of the noise.
+        n_problems: how many that are.
+        repeats: times that each is decoded by each policy.
+        settings: of decoding: gen_length, block_length, batch_size, ...; ``unmask`` is what was asked for.
+        policies: in the order of the table, the reference first.
+        started: UTC, ISO 8601.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["conditions"] = "conditions"
+    dcache: str
+    python: str
+    torch: str
+    triton: str | None
+    device: str
+    device_name: str
+    threads: int | None
+    dtype: str
+    model: str
+    n_parameters: int
+    weights: str
+    task: str
+    split: str | None
+    limit: int | None
+    n_problems: int
+    seed: int
+    repeats: int
+    settings: dict[str, Any]
+    policies: list[Entrant]
+    started: str
+
+    @property
+    def reference(self) -> str:
+        """The policy that the others are compared with."""
+        return self.policies[0].policy
+
+    def difference(self, other: Conditions) -> tuple[str, object, object] | None:
+        """First field in which results of `other` could differ from ours: its name, our value, the other's."""
+        for name, mine, theirs in _pairs(self._facts(), other._facts()):
+            if mine != theirs:
+                return name, mine, theirs
+        return None
+
+    def _facts(self) -> dict[str, Any]:
+        facts = self.model_dump(mode="json", exclude=set(MAY_GROW))
+        settings, policies = facts.pop("settings"), facts.pop("policies")
+        facts |= {name: value for name, value in settings.items()}
+        facts["policies"] = ", ".join(p["policy"] for p in policies)
+        facts |= {f"{field} of {p['policy']}": p[field] for p in policies for field in ("source", "knobs", "unmask")}
+        return facts
+
+
+def _pairs(mine: dict[str, Any], theirs: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name in dict.fromkeys([*mine, *theirs]):
+        yield name, mine.get(name), theirs.get(name)
+
+
+class Result(BaseModel):
+    """One text, decoded by one policy.
+
+    Attributes:
+        repeat: from 0.
+        problem: its id.
+        prompt: fingerprint of the prompt's token ids and of the reference answer.
+        policy: `Entrant.policy`.
+        text: up to the first end-of-text.
+        tokens: generated ids up to the first end-of-text.
+        canvas: all generated ids.
+        correct: None if the problem has no answer.
+        n_tokens: length of `tokens`.
+        nfe: forward calls.
+        seconds: wall time from an empty canvas to the text; that of a batch is divided evenly among its sequences.
+        batch: sequences decoded together.
+        row_layers: row-layers that ran a query.
+        kv_row_layers: row-layers whose key or value were projected.
+        full_row_layers: row-layers of as many steps without a cache.
+        row_share: ``row_layers / full_row_layers``.
+        refreshes: steps that computed every row in at least one layer.
+        step_ms: wall time of each step; the sequences of a batch share their steps.
+        peak_bytes: most GPU memory in use, without the stores of the other policies; None on a CPU.
+        cache_bytes: of all stores of the batch.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["result"] = "result"
+    repeat: int
+    problem: str
+    prompt: str
+    policy: str
+    text: str | None
+    tokens: list[int]
+    canvas: list[int]
+    correct: bool | None
+    n_tokens: int
+    nfe: int
+    seconds: float
+    batch: int
+    row_layers: int
+    kv_row_layers: int
+    full_row_layers: int
+    row_share: float
+    refreshes: int
+    step_ms: list[float]
+    peak_bytes: int | None
+    cache_bytes: int
+
+    @property
+    def key(self) -> tuple[int, str, str]:
+        """What identifies it within a comparison."""
+        return self.repeat, self.problem, self.policy
+
+
+def line_of(entry: Conditions | Result) -> bytes:
+    """An entry as a line of the file."""
+    return (json.dumps(entry.model_dump(mode="json"), separators=(",", ":")) + "\n").encode()
+
+
+def read_results(path: Path) -> tuple[list[Conditions], list[Result], int]:
+    """Read a results file.
+
+    A last line without its end was being written when the comparison was killed, and is not read.
+
+    Returns:
+        conditions and results in the order of the file, and the number of bytes that hold whole lines.
+
+    Raises:
+        UsageError: naming the file and the line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    whole = data[: data.rfind(b"\n") + 1]
+    conditions: list[Conditions] = []
+    results: dict[tuple[int, str, str], Result] = {}
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        entry = _parse(line, f"{path}, line {number}")
+        if isinstance(entry, Conditions):
+            conditions.append(entry)
+        elif not conditions:
+            raise UsageError(f"{path}, line {number}: a result before any conditions; choose another directory")
+        else:
+            results.setdefault(entry.key, entry)
+    return conditions, list(results.values()), len(whole)
+
+
+def _parse(line: bytes, where: str) -> Conditions | Result:
+    try:
+        value = json.loads(line)
+        kind = value.get("kind") if isinstance(value, dict) else None
+        entry: type[Conditions] | type[Result] = Conditions if kind == "conditions" else Result
+        return entry.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg'].lower()}"
+    except ValueError as error:  # not JSON, or not UTF-8
+        what = str(error)
+    raise UsageError(f"{where}: not a line of a comparison ({what}); choose another directory")
+
+
+class ResultFile:
+    """The results of one comparison on disk: what is there already, and room for more.
+
+    Args:
+        folder: made if it does not exist; a comparison of the same conditions in it is continued.
+        conditions: of the comparison that goes on now.
+
+    Attributes:
+        results: what an earlier run left.
+
+    Raises:
+        UsageError: if the folder cannot be written, is in use, or holds results of other conditions.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], conditions: Conditions):
+        self.path = Path(folder) / FILE
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.stream = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise UsageError(f"results cannot be written to {self.path}: {error.strerror}") from error
+        try:
+            self._lock()
+            earlier, self.results, n_bytes = read_results(self.path)
+            for entry in earlier:
+                self._same(entry, conditions)
+            self.stream.truncate(n_bytes)
+            self._append(line_of(conditions))
+        except BaseException:
+            self.stream.close()
+            raise
+
+    def _lock(self) -> None:
+        """Keep a second process out; the lock goes with the process."""
+        try:
+            import fcntl
+        except ImportError:  # not a POSIX system
+            return
+        try:
+            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"{self.path} is being written by another comparison; choose another directory") from error
+
+    def _same(self, earlier: Conditions, now: Conditions) -> None:
+        found = earlier.difference(now)
+        if found is not None:
+            name, before, value = found
+            raise UsageError(
+                f"{self.path} holds results of other conditions: {name} was {before!r} and is {value!r} now; "
+                "choose another directory, or the same conditions to continue it"
+            )
+
+    def write(self, results: Iterable[Result]) -> None:
+        """Append results, all at once."""
+        self._append(b"".join(line_of(result) for result in results))
+
+    def _append(self, data: bytes) -> None:
+        try:
+            while data:
+                data = data[self.stream.write(data) :]
+        except OSError as error:
+            raise UsageError(f"results cannot be written to {self.path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.stream.close()
