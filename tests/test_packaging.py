@@ -109,8 +109,10 @@ class TestWheel:
         assert top == {"dcache", f"dcache-{SETTINGS['project']['version']}.dist-info"}
 
     def test_has_the_tiny_checkpoints(self, built: Built):
+        from dcache.models.tiny import NAMES
+
         names = files_in(built.wheel)
-        for checkpoint in ("tiny-llada",):
+        for checkpoint in NAMES:
             for file in ("config.json", "tokenizer.json", "model.safetensors"):
                 assert f"dcache/models/tiny/{checkpoint}/{file}" in names
 
