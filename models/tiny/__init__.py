@@ -1,0 +1,14 @@
+"""Tiny trained checkpoints that come with the package, in the published format of their family, and their training."""
+
+from pathlib import Path
+
+from dcache.errors import ModelError
+
+NAMES = ("tiny-llada",)
+
+
+def folder(name: str) -> Path:
+    """Return the folder of a shipped checkpoint."""
+    if name not in NAMES:
+        raise ModelError(f"no shipped checkpoint is called {name!r}; there are: {', '.join(NAMES)}")
+    return Path(__file__).resolve().parent / name
