@@ -30,6 +30,13 @@ def render(prompt: str) -> str:
     return f"{BOS}{HEADER}user{END_HEADER}\n\n{prompt.strip()}{EOT}{HEADER}assistant{END_HEADER}\n\n"
 
 
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    """Id of one of `SPECIALS`."""
+    found: int | None = tokenizer.token_to_id(token)
+    assert found is not None, f"the tokenizer lacks {token}"
+    return found
+
+
 def train_tokenizer(seed: int, vocab_size: int = 512, n_problems: int = 20_000) -> Tokenizer:
     """Learn merges from the train split; the special tokens take the last ids, as in LLaDA."""
 
@@ -70,7 +77,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     config = {
         "add_bos_token": False,
         "add_eos_token": False,
-        "added_tokens_decoder": {str(tokenizer.token_to_id(token)): {"content": token, **flags} for token in SPECIALS},
+        "added_tokens_decoder": {str(special_id(tokenizer, token)): {"content": token, **flags} for token in SPECIALS},
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1024,

@@ -46,7 +46,7 @@ from torch.nn.functional import cross_entropy, linear, one_hot
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dcache.kernels.attend import attend
-from dcache.models.tiny.tokenizer import EOS, EOT, MASK, render, save_tokenizer, train_tokenizer
+from dcache.models.tiny.tokenizer import EOS, EOT, MASK, render, save_tokenizer, special_id, train_tokenizer
 from dcache.models.transformer import Block, ModelSpec, Transformer
 from dcache.tasks.base import Problem
 from dcache.tasks.gsm_mini import GsmMini
@@ -102,7 +102,7 @@ class Canvases(IterableDataset[tuple[np.ndarray, np.ndarray]]):
 
 def canvases(tokenizer: Tokenizer, problems: list[Problem]) -> Iterator[tuple[list[int], int]]:
     """The tokens of each problem's canvas and the length of its prompt."""
-    eos, eot = tokenizer.token_to_id(EOS), tokenizer.token_to_id(EOT)
+    eos, eot = special_id(tokenizer, EOS), special_id(tokenizer, EOT)
     prompts = tokenizer.encode_batch([render(problem.prompt) for problem in problems], add_special_tokens=False)
     solutions = tokenizer.encode_batch([problem.solution or "" for problem in problems], add_special_tokens=False)
     for prompt, solution in zip(prompts, solutions, strict=True):
@@ -159,9 +159,9 @@ def make_spec(recipe: Recipe, tokenizer: Tokenizer) -> ModelSpec:
         norm_eps=1e-5,
         rope_theta=500000.0,
         max_positions=1024,
-        mask_id=tokenizer.token_to_id(MASK),
-        eos_id=tokenizer.token_to_id(EOS),
-        end_ids=(tokenizer.token_to_id(EOS), tokenizer.token_to_id(EOT)),
+        mask_id=special_id(tokenizer, MASK),
+        eos_id=special_id(tokenizer, EOS),
+        end_ids=(special_id(tokenizer, EOS), special_id(tokenizer, EOT)),
     )
 
 
@@ -231,14 +231,14 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # a closure is of no use here
         """Update all matrices."""
         for group in self.param_groups:
             grads = torch.stack([p.grad for p in group["params"]])  # (n, n_parts * rows, cols)
             state = self.state[group["params"][0]]
             velocity = state.setdefault("velocity", torch.zeros_like(grads))
             velocity.lerp_(grads, 1 - group["momentum"])
-            parts = grads.lerp(velocity, group["momentum"]).unflatten(1, (group["n_parts"], -1)).flatten(0, 1)
+            parts = grads.lerp(velocity, group["momentum"]).reshape(len(grads) * group["n_parts"], -1, grads.shape[2])
             update = orthogonalize(parts).reshape(grads.shape).to(grads.dtype)
             scale = max(1.0, parts.shape[1] / parts.shape[2]) ** 0.5
             torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
@@ -248,7 +248,9 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model: Transformer, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for embedding, head and norms."""
     parts = {"qkv": 3, "out": 1, "gate_up": 2, "down": 1}
-    groups = [{"params": [getattr(b, name) for b in model.blocks()], "n_parts": n} for name, n in parts.items()]
+    groups: list[dict[str, Any]] = [
+        {"params": [getattr(b, name) for b in model.blocks()], "n_parts": n} for name, n in parts.items()
+    ]
     hidden = {id(p) for group in groups for p in group["params"]}
     rest = [p for p in model.parameters() if id(p) not in hidden]
     return [
@@ -266,7 +268,7 @@ def official_tensors(model: Transformer) -> dict[str, Tensor]:
     """The weights under the names of the published LLaDA checkpoints, fused matrices split."""
     root = "model.transformer."
     assert model.head is not None
-    tensors = {
+    tensors: dict[str, Tensor] = {
         f"{root}wte.weight": model.embedding,
         f"{root}ln_f.weight": model.norm,
         f"{root}ff_out.weight": model.head,
