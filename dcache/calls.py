@@ -4,7 +4,7 @@ A name, then optional ``knob=value`` pairs. A value is an integer, a float, ``tr
 The parser says where it stopped; what the values mean is for the knobs' own class to judge.
 """
 
-import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,9 +52,9 @@ def parse_value(text: str) -> Value:
         return CONSTANTS[text]
     for kind in (int, float):
         try:
-            if text.strip() == text and "_" not in text and text.lower().lstrip("+-") not in ("nan", "inf", "infinity"):
-                return kind(text)
-        except ValueError:
+            if text.strip() == text and "_" not in text and math.isfinite(value := kind(text)):
+                return value
+        except (ValueError, OverflowError):
             pass
     if WORD.fullmatch(text) and text.lower() not in ("nan", "inf", "infinity"):
         return text
@@ -82,11 +82,11 @@ def parse_call(text: str) -> Call:
     """Read one call; raises UsageError saying what is wrong and how to write it."""
     text = text.strip()
     name, bracket, rest = text.partition("(")
+    if ")" in name:
+        raise UsageError(f"{text!r}: a ')' without '('")
     if not NAME.fullmatch(name.strip()):
         raise UsageError(f"{text!r} does not begin with a name; write name or name(knob=value,...)")
     if not bracket:
-        if ")" in text:
-            raise UsageError(f"{text!r}: a ')' without '('")
         return Call(name.strip())
     if not rest.endswith(")"):
         raise UsageError(f"{text!r}: the '(' is not closed; write name(knob=value,...)")
@@ -118,13 +118,15 @@ def policy_calls(policies: str, sets: Sequence[str] = (), sweeps: Sequence[str] 
         name, knob, values = _assignment(text, "--sweep")
         if name not in [call.name for call in calls]:
             calls.append(Call(name))
-        swept = (
-            [_with(call, knob, value, f"--sweep {text}") for value in split_list(values)]
-            if call.name == name
-            else [call]
+        calls = [
+            each
             for call in calls
-        )
-        calls = list(itertools.chain.from_iterable(swept))
+            for each in (
+                [_with(call, knob, value.strip(), f"--sweep {text}") for value in values.split(",")]
+                if call.name == name
+                else [call]
+            )
+        ]
     return calls
 
 

@@ -59,15 +59,25 @@ BlockLength = Annotated[str | None, setting(DecodeSettings, "block_length", meta
 Unmask = Annotated[str | None, setting(DecodeSettings, "unmask")]
 Temperature = Annotated[float | None, setting(DecodeSettings, "temperature")]
 Seed = Annotated[int | None, setting(DecodeSettings, "seed")]
-ForbidEos = Annotated[bool | None, setting(DecodeSettings, "forbid_eos", is_flag=True)]
+ForbidEos = Annotated[bool | None, setting(DecodeSettings, "forbid_eos")]
 EosLast = Annotated[str | None, setting(DecodeSettings, "eos_last")]
 AfterEnd = Annotated[str | None, setting(DecodeSettings, "after_end")]
 BatchSize = Annotated[int | None, setting(DecodeSettings, "batch_size")]
 
 
 def given(**values: Any) -> dict[str, Any]:
-    """The settings that were given; the word ``none`` stands for None."""
-    return {name: None if value == "none" else value for name, value in values.items() if value is not None}
+    """The settings that were given, counts as numbers or None."""
+    counts = ("gen_length", "block_length", "limit")
+    found = {name: value for name, value in values.items() if value is not None}
+    return {name: _count(value) if name in counts else value for name, value in found.items()}
+
+
+def _count(text: str) -> int | str | None:
+    """A count, or what stands in its place; the settings' class judges it."""
+    try:
+        return None if text == "none" else int(text)
+    except ValueError:
+        return text
 
 
 @app.callback(invoke_without_command=True)

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from dcache import hookspecs
 from dcache.calls import NAME, Call, parse_call
-from dcache.errors import PluginError, UsageError
+from dcache.errors import DCacheError, PluginError, UsageError
 from dcache.hookspecs import Register, hookimpl
 
 if TYPE_CHECKING:
@@ -149,14 +150,16 @@ class Plugins:
         self.manager = pluggy.PluginManager("dcache")
         self.manager.add_hookspecs(hookspecs)
         self.manager.register(BuiltIns(), name=BUILT_IN)
-        for plugin in extra:
-            self.manager.register(plugin)
-        if entry_points:
-            self.manager.load_setuptools_entrypoints("dcache")
         try:
+            for plugin in extra:
+                self.manager.register(plugin)
+            if entry_points:
+                self.manager.load_setuptools_entrypoints("dcache")
             self.manager.check_pending()
         except pluggy.PluginValidationError as error:
-            raise PluginError(str(error)) from error
+            raise PluginError(" ".join(str(error).split())) from error
+        except Exception as error:
+            raise PluginError(f"{_culprit()} cannot be imported: {type(error).__name__}: {error}") from error
         sources = {
             id(plugin): f"{dist.project_name} {dist.version}" for plugin, dist in self.manager.list_plugin_distinfo()
         }
@@ -169,7 +172,23 @@ class Plugins:
         for hook, registry in registries.items():
             for impl in getattr(self.manager.hook, hook).get_hookimpls():
                 source = sources.get(id(impl.plugin), impl.plugin_name)
-                impl.function(_registrar(registry, source))
+                try:
+                    impl.function(_registrar(registry, source))
+                except DCacheError:
+                    raise
+                except Exception as error:
+                    raise PluginError(f"{source}: {hook} failed: {type(error).__name__}: {error}") from error
+
+
+def _culprit() -> str:
+    """The first plugin that cannot be imported."""
+    for point in metadata.entry_points(group="dcache"):
+        try:
+            point.load()
+        except Exception:
+            source = "" if point.dist is None else f" ({point.dist.name} {point.dist.version})"
+            return f"plugin {point.name!r}{source}"
+    return "a plugin"
 
 
 def _registrar(registry: Registry[Any], source: str) -> Callable[[str, type[Any]], None]:

@@ -22,6 +22,7 @@ import csv
 import io
 import json
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -30,6 +31,7 @@ import numpy as np
 from dcache.results import Conditions, Entrant, Result
 from dcache.text import printable
 
+WIDTH = 100
 FEW_PROBLEMS = 30
 LOW_ACCURACY = 0.2
 Z = 2  # standard errors that a difference must exceed
@@ -246,7 +248,7 @@ def table(conditions: Conditions, rows: Sequence[Standing]) -> str:
     for line in cells:
         first, *rest = (text.rjust(width) for text, width in zip(line, widths, strict=True))
         lines.append("  ".join([line[0].ljust(len(first)), *rest]).rstrip())
-    return "\n".join([*lines, "", summary(conditions, rows), ""])
+    return "\n".join([*lines, "", textwrap.fill(summary(conditions, rows), WIDTH), ""])
 
 
 def summary(conditions: Conditions, rows: Sequence[Standing]) -> str:
