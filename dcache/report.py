@@ -248,7 +248,8 @@ def table(conditions: Conditions, rows: Sequence[Standing]) -> str:
     for line in cells:
         first, *rest = (text.rjust(width) for text, width in zip(line, widths, strict=True))
         lines.append("  ".join([line[0].ljust(len(first)), *rest]).rstrip())
-    return "\n".join([*lines, "", textwrap.fill(summary(conditions, rows), WIDTH), ""])
+    text = summary(conditions, rows).replace(" %", "\N{NO-BREAK SPACE}%")
+    return "\n".join([*lines, "", textwrap.fill(text, WIDTH).replace("\N{NO-BREAK SPACE}", " "), ""])
 
 
 def summary(conditions: Conditions, rows: Sequence[Standing]) -> str:

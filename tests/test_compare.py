@@ -14,7 +14,7 @@ import torch
 
 import dcache
 from dcache import CachePolicy, Comparison, Plan, UsageError, compare, load_model
-from dcache.compare import Experiment, Run
+from dcache.compare import Experiment, Memory, Run
 from dcache.results import FILE, Result, read_results
 from dcache.tasks.base import Problem, Task
 
@@ -349,3 +349,23 @@ def test_a_comparison_killed_in_the_middle_of_a_text_ends_as_if_it_had_not_been(
     assert left.limit == 2
     assert len(resumed.results) == 6
     assert tokens(resumed) == tokens(compare(model, ["elastic", "dkv"], limit=2, **SMALL))
+
+
+def test_the_peak_of_a_policy_leaves_out_what_the_others_hold(monkeypatch):
+    allocated, peak = [100], [0]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    memory = Memory(torch.device("cuda"))
+
+    def run(name, keeps, needs):
+        memory.begin()
+        peak[0] = allocated[0] + keeps + needs
+        allocated[0] += keeps
+        return memory.end(name)
+
+    assert run("none", keeps=10, needs=5) == 115
+    assert run("elastic", keeps=20, needs=5) == 125
+    assert run("none", keeps=0, needs=5) == 115
+    assert run("none", keeps=-4, needs=9) == 115  # smaller stores for a shorter prompt
+    assert run("elastic", keeps=0, needs=5) == 125
