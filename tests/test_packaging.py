@@ -19,8 +19,6 @@ SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = SETTINGS["tool"]["setuptools"]["package-dir"]  # package to folder: "dcache.policies" to "policies"
 NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "types")
 
-slow = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
-
 
 def run(*command: str | Path, cwd: Path) -> str:
     """Run outside the checkout's reach; a failure shows what the command printed."""
@@ -96,9 +94,8 @@ def test_the_version_is_the_same_in_the_settings_and_in_the_package():
     assert dcache.__version__ == SETTINGS["project"]["version"]
 
 
+@pytest.mark.slow
 class TestWheel:
-    pytestmark = slow
-
     def test_has_every_file_of_the_checkout_and_none_besides(self, built: Built):
         package = {name for name in files_in(built.wheel) if ".dist-info/" not in name}
         assert package == files_of(built.source)
@@ -124,9 +121,8 @@ class TestWheel:
         assert files_in(built.wheel_of_sdist) == files_in(built.wheel)
 
 
+@pytest.mark.slow
 class TestSdist:
-    pytestmark = slow
-
     def test_has_the_tests_and_their_recorded_runs(self, built: Built):
         with tarfile.open(built.sdist) as archive:
             names = {name.partition("/")[2] for name in archive.getnames()}
@@ -135,9 +131,8 @@ class TestSdist:
         assert {"Makefile", "CHANGELOG.md", "LICENSE", "tools/types.sh"} <= names
 
 
+@pytest.mark.slow
 class TestInstalled:
-    pytestmark = slow
-
     def test_imports_from_the_environment_and_not_from_the_checkout(self, installed: Path, tmp_path: Path):
         names = "dcache, dcache.policies, dcache.models, dcache.kernels"
         code = f"import {names}; print(*(module.__file__ for module in ({names})), sep='\\n')"
