@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dcache.unmasking.base import Sampling
 
@@ -17,7 +19,10 @@ class DecodeSettings(Sampling):
         None, ge=1, description=f"rows to generate after the prompt; none: the task's, or {DEFAULT_GEN_LENGTH}"
     )
     block_length: int | None = Field(
-        32, ge=1, description="rows of a semi-autoregressive block, decoded left to right; none: one block"
+        32,
+        ge=1,
+        description="rows of a semi-autoregressive block, decoded left to right; none: one block. Without it, a "
+        "gen_length below the default is one block",
     )
     unmask: str = Field(
         "low-confidence",
@@ -25,6 +30,15 @@ class DecodeSettings(Sampling):
         "each policy's own paper",
     )
     batch_size: int = Field(1, ge=1, description="prompts decoded together")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_generation_is_one_block(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "block_length" not in given:
+            rows, default = given.get("gen_length"), cls.model_fields["block_length"].default
+            if isinstance(rows, int) and 0 < rows < default:
+                return {**given, "block_length": rows}
+        return given
 
     @property
     def sampling(self) -> Sampling:

@@ -18,10 +18,10 @@ from dcache.plugins import explain, make_policy, make_unmasker
 from dcache.policy import CachePolicy
 from dcache.state import State
 from dcache.trace import Trace
+from dcache.unmasking.base import Unmasker
 
 if TYPE_CHECKING:
     from dcache.engine.engine import Executor
-    from dcache.unmasking.base import Unmasker
 
 PAIRED = "paired"
 
@@ -66,6 +66,7 @@ class Runner:
         model: weights, and a tokenizer if prompts are to be text.
         policy: a policy, or how it is written: ``"elastic(gamma=0.95)"``.
         settings: of the run.
+        unmasker: an instance instead of ``settings.unmask``.
         executor: how passes are run; None is eager.
         maps: keep recompute maps in the trace.
     """
@@ -76,12 +77,13 @@ class Runner:
         policy: str | Call | CachePolicy,
         settings: DecodeSettings,
         *,
+        unmasker: Unmasker | None = None,
         executor: Executor | None = None,
         maps: bool = False,
     ):
         self.model, self.settings = model, settings
         self.policy = make_policy(policy)
-        self.unmasker = unmasker_of(self.policy, settings)
+        self.unmasker = unmasker_of(self.policy, settings) if unmasker is None else unmasker
         self.engine = Engine(model.transformer, self.policy, self.unmasker, maps=maps, executor=executor)
 
     def state(self, prompts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> State:
@@ -106,7 +108,15 @@ class Runner:
 
 def prompt_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt: text through the model's chat template, ids as they are."""
-    return model.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
+    if isinstance(prompt, str):
+        return model.prompt_ids(prompt)
+    if not isinstance(prompt, Sequence):
+        raise UsageError(f"a prompt is {prompt!r}; give a text, or a list of texts or of token-id lists")
+    ids: list[Any] = list(prompt)
+    outside = [i for i in ids if not isinstance(i, int) or not 0 <= i < model.spec.vocab_size]
+    if outside:
+        raise UsageError(f"a prompt holds {outside[0]!r}, which is no token id; ids run to {model.spec.vocab_size - 1}")
+    return ids
 
 
 @overload
@@ -130,6 +140,7 @@ def generate(
         prompts: a text; or a list of texts, or of token-id lists.
         policy: ``"none"``, ``"elastic(gamma=0.95)"``, or an instance.
         settings: fields of `dcache.config.DecodeSettings`: gen_length, block_length, unmask, temperature, seed, ...
+            `unmask` may also be an instance, which then keeps its own sampling.
 
     Returns:
         an `Output`, or a list of them in the order of the prompts.
@@ -137,8 +148,9 @@ def generate(
     Raises:
         UsageError: for unknown names, knobs out of bounds, and prompts that do not fit the model.
     """
+    unmasker = settings.pop("unmask") if isinstance(settings.get("unmask"), Unmasker) else None
     run = settings_from(**settings)
-    runner = Runner(model, policy, run)
+    runner = Runner(model, policy, run, unmasker=unmasker)
     many: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = [prompt_ids(model, prompt) for prompt in many]
     outputs: list[Output] = []

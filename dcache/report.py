@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from dcache.calls import write_value
+from dcache.config import DecodeSettings
 from dcache.results import Conditions, Entrant, Result
 from dcache.text import printable
 
@@ -224,7 +226,7 @@ def heading(conditions: Conditions) -> list[str]:
     extras += [f"temperature {run['temperature']:g}"] * (run["temperature"] > 0)
     extras += ["end-of-text forbidden"] * bool(run["forbid_eos"])
     extras += [f"eos-last {run['eos_last']}"] * (run["eos_last"] != "off")
-    extras += [f"after-end {run['after_end']}"] * (run["after_end"] != "decode")
+    extras += [f"after-end {run['after_end']}"] * (run["after_end"] != DecodeSettings.model_fields["after_end"].default)
     unmask = _unmask(c)
     parts = [f"{c.task} {c.split}" if c.split else c.task, problems, f"gen {run['gen_length']}", block, unmask, *extras]
     repeats = [f"{c.repeats} repeats"] * (c.repeats > 1)
@@ -270,7 +272,9 @@ def summary(conditions: Conditions, rows: Sequence[Standing]) -> str:
         return (
             f"No policy was faster than {reference.policy}; {name} came closest, at {times} times its tok/s; {quality}."
         )
-    return f"{name} was fastest, at {times} times the tok/s of {reference.policy}; {quality}."
+    mixed = len({entrant.unmask for entrant in conditions.policies}) > 1
+    why = " The unmaskers differ, so this is not the cache alone." if mixed else ""
+    return f"{name} was fastest, at {times} times the tok/s of {reference.policy}; {quality}.{why}"
 
 
 # Warnings: a closed list
@@ -332,7 +336,7 @@ def _useless(conditions: Conditions, rows: Sequence[Standing]) -> list[str]:
 def _knobs(entrant: Entrant) -> str:
     if not entrant.knobs:
         return "It has no knobs; leave it out."
-    knobs = ", ".join(f"{name}={value}" for name, value in entrant.knobs.items())
+    knobs = ", ".join(f"{name}={write_value(value)}" for name, value in entrant.knobs.items())
     return f"Try other knobs with --set {entrant.name}.KNOB=VALUE; it ran with {knobs}."
 
 
@@ -363,8 +367,8 @@ def _few(conditions: Conditions, rows: Sequence[Standing]) -> list[str]:
     if not 0 < n < FEW_PROBLEMS or _noise(conditions, rows):
         return []
     return [
-        f"with {n} problems an accuracy is uncertain by up to {100 * Z * math.sqrt(0.25 / n):.0f} points. "
-        f"Raise --limit to 100 or more before quoting it."
+        f"with {n} problem{'s' * (n != 1)} an accuracy is uncertain by up to "
+        f"{100 * Z * math.sqrt(0.25 / n):.0f} points. Raise --limit to 100 or more before quoting it."
     ]
 
 

@@ -108,6 +108,12 @@ class Trace:
         return [s for s in self.steps if s.active[self.index]]
 
     @property
+    def commits(self) -> list[dict[int, int]]:
+        """Position to token of what each of these steps committed."""
+        at = self.index
+        return [{int(p): int(s.tokens[at, p]) for p in np.flatnonzero(s.commit[at])} for s in self.mine]
+
+    @property
     def nfe(self) -> int:
         """Forward calls: one per step, a reviewed step included."""
         return len(self.mine)

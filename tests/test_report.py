@@ -14,7 +14,7 @@ SETTINGS = {
     "temperature": 0.0,
     "forbid_eos": False,
     "eos_last": "off",
-    "after_end": "decode",
+    "after_end": "drop",
     "gen_length": 4,
     "block_length": 2,
     "unmask": "low-confidence",

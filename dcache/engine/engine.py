@@ -213,9 +213,15 @@ class Engine:
             shown = state.valid if plan.visible is None else plan.visible
             arrays["visible"] = (shown[:, None] if shown.ndim == 2 else shown) & state.valid[:, None]
         shapes = tuple((name, value.shape, value.dtype.str) for name, value in arrays.items())
-        first_layer = 0 if plan.start is None else int(plan.start[part].min(initial=state.spec.n_layers))
         device_mask = tuple(plan.visible.shape) if isinstance(plan.visible, Tensor) else None
-        return (plan.kind, *sorted(plan.marks.items()), second, first_layer, device_mask, shapes), arrays
+        first = self._first_layer(plan)
+        return (plan.kind, *sorted(plan.marks.items()), second, first, device_mask, shapes), arrays
+
+    def _first_layer(self, plan: Plan) -> int:
+        """The lowest layer that a sequence of the plan starts at."""
+        if plan.start is None:
+            return 0
+        return int(plan.start[self.state.active].min(initial=self.state.spec.n_layers))
 
     def _with_dump(self, flag: np.ndarray) -> np.ndarray:
         return np.pad(flag, ((0, 0), (0, 1))) if flag.shape == self.state.valid.shape else flag
@@ -233,6 +239,7 @@ class Engine:
             rows=side["rows"],
             live=side["live"],
             start=side.get("start"),
+            first=self._first_layer(plan),
             sets={name: side[f"set {name}"] for name in plan.sets},
             flags={name: side[f"flag {name}"] for name in plan.flags},
             visible=side.get("visible"),
@@ -251,7 +258,7 @@ class Engine:
             self.have.zero_()
         self.boards.clear()
         rows, h = current.rows, self.model.embed(side["tokens"].gather(1, current.rows))
-        for layer in self.layers:
+        for layer in self.layers[current.first :]:
             planned, live = current.rows, current.live
             if current.start is not None:
                 planned, h, live = self._enter(current, layer, h)

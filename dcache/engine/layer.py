@@ -41,6 +41,7 @@ class Pass:
         rows: (batch, n) int64, padded with the dump slot.
         live: (batch,) bool: sequences that take part.
         start: (batch,) int64 first layer of each sequence, or None when all start from the embedding.
+        first: lowest layer that any sequence starts at; the layers below it do not run.
         sets: name to (batch, k) int64.
         flags: name to tensor.
         visible: (batch, 1, slots) or (layers, batch, 1 or kv_heads, slots) bool, or None when no key is hidden.
@@ -52,6 +53,7 @@ class Pass:
     rows: Tensor
     live: Tensor
     start: Tensor | None
+    first: int
     sets: Mapping[str, Tensor]
     flags: Mapping[str, Tensor]
     visible: Tensor | None

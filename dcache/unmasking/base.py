@@ -32,7 +32,10 @@ class UnmaskerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     window: int | None = Field(
-        None, ge=1, description="only the leftmost masked rows of the block, this many, may be committed; none: all"
+        None,
+        ge=1,
+        description="sliding window: only the leftmost masked rows of the generation, this many, may be committed, and "
+        "blocks do not apply; none: the masked rows of the current block",
     )
 
 
@@ -50,9 +53,9 @@ class Sampling(BaseModel):
         "released code's slip, which at temperature > 0 holds back end-of-turn alone",
     )
     after_end: Literal["decode", "drop", "drop-once"] = Field(
-        "decode",
-        description="masked rows behind a committed end-of-text: decode them (LLaDA), drop them, or drop them at the "
-        "first end-of-text only (Elastic-Cache)",
+        "drop",
+        description="masked rows behind a committed end of the text, where the output is cut: drop them, decode them "
+        "all the same (LLaDA's released loop), or drop them at the first end of the text only (Elastic-Cache)",
     )
 
 
@@ -267,7 +270,9 @@ class Unmasker(ABC):
         return behind & state.masked & ~commit
 
 
-def open_rows(state: State, window: int | None) -> Bools:
-    """Masked rows of the current block, only the leftmost `window` of them if given: (batch, slots) bool."""
-    rows: Bools = state.masked & state.block
-    return rows if window is None else leftmost(rows, window)
+def ask_for(state: State, window: int | None, **flags: np.ndarray) -> Ask:
+    """Ask for the masked rows of the current block, or of a window that slides over the whole generation."""
+    if window is None:
+        return Ask(state.masked & state.block, flags=flags)
+    generation = state.valid & ~state.prompt & state.active[:, None]
+    return Ask(leftmost(state.masked, window), block=generation, flags=flags)

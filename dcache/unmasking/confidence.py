@@ -14,6 +14,7 @@ Departures from the released code: the mask token is never a candidate; ties go 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor
 from dcache.arrays import Ints
 from dcache.errors import UsageError
 from dcache.state import State
-from dcache.unmasking.base import Ask, Asked, Picks, Unmasker, UnmaskerConfig, best, candidates, open_rows
+from dcache.unmasking.base import Ask, Asked, Picks, Unmasker, UnmaskerConfig, ask_for, best, candidates
 
 if TYPE_CHECKING:
     from dcache.engine.network import Network
@@ -59,7 +60,10 @@ class Quota:
         """(batch,) int64: rows to commit in this step."""
         if self.config.steps is None:
             return np.full(state.batch, self.config.tokens_per_step or 1, dtype=np.int64)
-        blocks = 1 if state.block_length is None else state.gen_length // state.block_length
+        length = None if self.config.window is not None else state.block_length  # a window knows no blocks
+        whole = length is None
+        blocks = 1 if length is None else state.gen_length // length
+        step = state.step if whole else state.block_step
         if (self.config.steps % np.asarray(blocks)).any():
             raise UsageError(
                 f"steps {self.config.steps} is not divisible by the {int(np.max(blocks))} blocks of the generation; "
@@ -67,10 +71,10 @@ class Quota:
             )
         if self.size.shape != (state.batch,):
             self.size = np.zeros(state.batch, dtype=np.int64)
-        begins = state.block_step == 0
-        self.size = np.where(begins, (state.masked & state.block).sum(1), self.size)
+        rows = state.masked if whole else state.masked & state.block
+        self.size = np.where(step == 0, rows.sum(1), self.size)
         share, rest = np.divmod(self.size, self.config.steps // blocks)
-        quota: Ints = share + (state.block_step < rest)
+        quota: Ints = share + (step < rest)
         return quota
 
 
@@ -89,9 +93,9 @@ class Scheduled(Unmasker):
         self.quota = Quota(self.config)
 
     def ask(self, state: State) -> Ask:
-        """The masked rows of the block, and this step's quota."""
+        """The masked rows of the block or window, and this step's quota."""
         quota = self.quota.of(state)
-        return Ask(open_rows(state, self.config.window), flags={"quota": quota}, commits=quota > 0)
+        return replace(ask_for(state, self.config.window, quota=quota), commits=quota > 0)
 
     def pick(self, logits: Tensor, at: Asked) -> Picks:
         """Commit the `quota` rows of highest score."""
@@ -131,8 +135,8 @@ class Threshold(Unmasker):
     config: Config
 
     def ask(self, state: State) -> Ask:
-        """The masked rows of the block."""
-        return Ask(open_rows(state, self.config.window))
+        """The masked rows of the block, or of the window."""
+        return ask_for(state, self.config.window)
 
     def pick(self, logits: Tensor, at: Asked) -> Picks:
         """Commit what reaches the threshold, and the most confident row in any case."""

@@ -17,6 +17,7 @@ from dcache.models.tiny.train import (
     block_forward,
     canvases,
     choose_masks,
+    clip_scores,
     decode,
     make_spec,
     official_tensors,
@@ -48,7 +49,7 @@ def test_a_few_training_steps_lower_the_loss(model, tokenizer):
 
     def loss():
         with torch.no_grad():
-            return float(Objective(0.5, torch.Generator().manual_seed(0))(model, *held_out))
+            return float(Objective(0.5, torch.Generator().manual_seed(0))(model, *held_out)[0])
 
     before = loss()
     record = train(model, batches, RECIPE, n_steps=12, seconds=None, compiled=False)
@@ -80,7 +81,7 @@ def test_the_compiled_unit_computes_what_the_transformer_computes(model):
     tokens = torch.randint(0, 512, (2, 20), generator=torch.Generator().manual_seed(0))
     h = model.embed(tokens)
     for block in model.blocks():
-        h = block_forward(block, h, *model.angles(torch.arange(20)[None]))
+        h, _ = block_forward(block, h, *model.angles(torch.arange(20)[None]))
     torch.testing.assert_close(model.logits(h), model(tokens))
 
 
@@ -172,3 +173,12 @@ def test_the_shipped_model_predicts_held_out_solutions_from_half_of_their_rows()
 def test_an_unknown_checkpoint_is_refused_with_the_names_there_are():
     with pytest.raises(ModelError, match="tiny-llada"):
         folder("tiny-lada")
+
+
+def test_clipped_scores_are_bounded_by_the_cap() -> None:
+    model = Transformer(make_spec(Recipe(n_layers=2, d_model=64), train_tokenizer(0, 512))).init_random(0, std=0.5)
+    h = torch.randn(2, 12, 64)
+    angles = model.angles(torch.arange(12)[None])
+    for block in model.blocks():
+        clip_scores(model, torch.stack([block_forward(b, h, *angles)[1] for b in model.blocks()]), cap=3.0)
+        assert (block_forward(block, h, *angles)[1] <= 3.0 + 1e-4).all()

@@ -1,0 +1,116 @@
+"""What only a GPU can show; CI has none, so these run by hand: ``pytest -m gpu``."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dcache
+from dcache import Sampling, State
+from dcache.decode import decode
+from dcache.engine import Engine
+from dcache.engine.packet import Packet
+from dcache.models.transformer import Transformer
+from dcache.plugins import make_policy, make_unmasker
+from dcache.testing.models import random_model
+from dcache.trace import Step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+POLICIES = ["none", "elastic", "elastic(gamma=0.99,track_num=3)", "dkv(interval=4)"]
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9, 3]]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def on(device: str, seed: int) -> Transformer:
+    model = random_model(seed)
+    moved = Transformer(model.spec, device)
+    moved.load_state_dict(model.state_dict())
+    return moved.requires_grad_(False)
+
+
+def go(device: str, policy: str, seed: int = 0, **engine: object) -> tuple[list[Step], Engine]:
+    model = on(device, seed)
+    state = State(model.spec, PROMPTS, [16, 12, 8], 4)
+    unmasker = make_unmasker("low-confidence", Sampling(temperature=0.5, seed=seed))
+    made = Engine(model, make_policy(policy), unmasker, debug=True, **engine)  # type: ignore[arg-type]
+    return decode(made, state), made
+
+
+def commits(trace: list[Step]) -> list[list[tuple[int, int, int]]]:
+    return [[(b, p, s.tokens[b, p]) for b, p in zip(*np.nonzero(s.commit), strict=True)] for s in trace]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gpu_commits_what_a_cpu_does(policy: str, seed: int) -> None:
+    cpu, gpu = go("cpu", policy, seed)[0], go("cuda", policy, seed)[0]
+    assert commits(gpu) == commits(cpu)
+    for a, b in zip(cpu, gpu, strict=True):
+        assert (a.rows == b.rows).all()
+        assert (a.row_layers == b.row_layers).all()
+        finite = np.isfinite(a.confidence)
+        assert np.abs(a.confidence[finite] - b.confidence[finite]).max(initial=0) < 1e-4
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_pass_has_no_sync_but_its_download(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses synchronising calls while a pass runs, but for the one download that ends it."""
+    warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+    inner, download, calls = Engine._run, Packet.download, {"passes": 0, "downloads": 0}
+
+    def strict(self: Engine, *args: Any, **more: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return inner(self, *args, **more)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            calls["passes"] += 1
+
+    def waiting(self: Packet) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        download(self)
+        calls["downloads"] += 1
+
+    monkeypatch.setattr(Engine, "_run", strict)
+    monkeypatch.setattr(Packet, "download", waiting)
+    go("cuda", policy)
+    assert calls["passes"] == calls["downloads"] > 0
+
+
+def test_memory_is_returned_after_a_run() -> None:
+    go("cuda", "elastic")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    go("cuda", "elastic")
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before
+
+
+def test_random_8b_weights_are_built_on_the_device_without_a_copy() -> None:
+    if torch.cuda.mem_get_info()[1] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = dcache.load_model("llada-8b:random", device="cuda")
+    assert model.dtype == torch.bfloat16
+    assert model.spec.n_parameters * 2 == 16_031_162_368
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken < 1.05 * 16_031_162_368
+    prompt = list(range(100, 164))
+    for policy in ("none", "elastic", "dkv"):
+        output = dcache.generate(model, [prompt], policy=policy, gen_length=8, block_length=None)[0]
+        assert len(output.canvas) == 8
