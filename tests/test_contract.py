@@ -197,6 +197,36 @@ class Deep(CachePolicy):
         return rows, take(self.scratch, rows)
 
 
+class Halving(CachePolicy):
+    """ES-dLLM: the stream narrows on the way up, to the half of it that a norm of the values likes best; and to
+    budgets per layer that arrive as a (batch, layers) flag."""
+
+    class Config(PolicyConfig):
+        share: float = 1.0
+
+    def begin(self, net: Network, state: State) -> None:
+        width = net.weight(1, "v").norm()  # weights are there for policies that prepare something from them
+        self.scale = net.buffer("scale", (1,), net.dtype).copy_(width.reshape(1))
+
+    def plan(self, state: State) -> Plan:
+        first = (state.step == 0).all()  # every layer needs every key once, so the first pass does not narrow
+        rows = state.valid if first else state.needed | state.changed
+        count = np.ceil(rows.sum(1) * (1.0 if first else self.config.share)).astype(np.int64)
+        budget = np.repeat(count[:, None], state.spec.n_layers, axis=1)
+        return Plan(rows, sets={"needed": state.needed}, flags={"budget": budget})
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        rows, h = at.compute(rows, h)
+        if at.index != 1:
+            return rows, h
+        score = at.stored("V", rows).norm(dim=-1).sum(1) / self.scale
+        wanted = (rows[..., None] == at.sets["needed"][:, None]).any(-1) & (rows < at.dump)
+        score = score.masked_fill(wanted, 1e6).masked_fill(rows == at.dump, -1e6)
+        index, real = lowest(-score, at.flags["budget"][:, at.index], rows.shape[1])
+        kept = torch.where(real, take(rows[..., None], index)[..., 0], at.dump).sort(dim=1)
+        return kept.values, take(h, index.gather(1, kept.indices))
+
+
 class Reuse(CachePolicy):
     """VLCache: keys and values of a prompt span come from an earlier request; only a share of them is recomputed."""
 
@@ -260,6 +290,15 @@ def test_skipped_middle_layers_are_exact_when_every_step_is_full() -> None:
     assert trace[1].row_layers[1:-1].sum() < trace[0].row_layers[1:-1].sum()
 
 
+def test_a_stream_that_narrows_computes_fewer_rows_above() -> None:
+    whole, half = run(Halving(share=1.0))[0], run(Halving(share=0.6))[0]
+    assert all((s.row_layers == s.row_layers[0]).all() for s in whole)
+    assert (half[0].row_layers == whole[0].row_layers).all()
+    for step in half[1:]:
+        assert (step.row_layers[:2] == step.rows.sum(1)).all()
+        assert (step.row_layers[2:] == np.ceil(0.6 * step.row_layers[:1])).all()
+
+
 def test_a_preloaded_span_of_the_same_request_is_exact_while_it_would_not_change() -> None:
     """One layer: the keys of a prompt depend on its tokens alone, so those of an earlier request are exact."""
     model = random_model(4, n_layers=1)
@@ -276,10 +315,11 @@ PATTERNS = [
     lambda: Chosen(share=0.4),
     lambda: Evict(ElasticCache(gamma=0.95), keep=0.7),
     lambda: Deep(interval=3),
+    lambda: Halving(share=0.6),
 ]
 
 
-@pytest.mark.parametrize("make", PATTERNS, ids=["rollout", "chosen", "evict", "deep"])
+@pytest.mark.parametrize("make", PATTERNS, ids=["rollout", "chosen", "evict", "deep", "halving"])
 def test_every_pattern_can_be_captured(make: Any) -> None:
     eager, _ = run(make(), buckets=(8, 64))
     recorder = Recorder()
