@@ -178,7 +178,7 @@ class Column:
 def columns(table: Sequence[Standing]) -> list[Column]:
     """Those that have something to show."""
     scored = sorted({row.n_scored for row in table})
-    accuracy = Column("accuracy", f"of {scored[-1]}" if scored else "", lambda s: _percent(s.accuracy))
+    accuracy = Column("accuracy", f"of {scored[-1]}" if scored else "", _accuracy)
     peak = Column("peak", "GiB", lambda s: "-" if s.peak_bytes is None else f"{s.peak_bytes / 2**30:.1f}")
     return [
         Column("policy", "", lambda s: printable(s.policy)),
@@ -194,6 +194,12 @@ def columns(table: Sequence[Standing]) -> list[Column]:
         Column("cache", "MiB", lambda s: _three(s.cache_bytes / 2**20)),
         *([peak] if any(row.peak_bytes is not None for row in table) else []),
     ]
+
+
+def _accuracy(row: Standing) -> str:
+    """One decimal where a single problem is less than half a percent."""
+    digits = 1 if row.n_scored > 200 else 0
+    return "-" if row.accuracy is None else f"{100 * row.accuracy:.{digits}f} %"
 
 
 def _percent(share: float | None) -> str:
@@ -266,7 +272,7 @@ def summary(conditions: Conditions, rows: Sequence[Standing]) -> str:
     times = _spread(best.speedup or 0.0, best.speedup_std, digits=2)
     quality = f"agreement {best.agreement:.3f}"
     if best.accuracy is not None:
-        quality = f"accuracy {_percent(best.accuracy)} ({reference.policy}: {_percent(reference.accuracy)}), {quality}"
+        quality = f"accuracy {_accuracy(best)} ({reference.policy}: {_accuracy(reference)}), {quality}"
     name = printable(best.policy)
     if (best.speedup or 0.0) <= 1:
         return (
