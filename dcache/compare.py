@@ -61,9 +61,9 @@ class Experiment:
     def __init__(self, policies: Sequence[Policy] = DEFAULT_POLICIES, task: str | Task | None = None, **settings: Any):
         self.run = _own({k: settings.pop(k) for k in [*settings] if k in CompareSettings.model_fields}, task)
         self.task: Task = plugins().tasks.get(self.run.task).thing() if not isinstance(task, Task) else task
+        if settings.get("gen_length") is None:
+            settings["gen_length"] = self.task.gen_length
         self.settings = settings_from(**settings)
-        if self.settings.gen_length is None:
-            self.settings = self.settings.model_copy(update={"gen_length": self.task.gen_length})
         self.policies: dict[str, CachePolicy] = {REFERENCE: make_policy(REFERENCE)}
         seen = set()
         for policy in map(make_policy, policies):

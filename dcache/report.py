@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from dcache.calls import write_value
+from dcache.calls import parse_call, write_value
 from dcache.config import DecodeSettings
 from dcache.results import Conditions, Entrant, Result
 from dcache.text import printable
@@ -226,7 +226,8 @@ def heading(conditions: Conditions) -> list[str]:
     place = f"{c.device.upper() if c.device == 'cpu' else 'GPU'} {c.device_name}{threads}"
     size = c.n_parameters
     weights = f"{size / 1e9:.1f}B" if size >= 1e9 else f"{size / 1e6:.1f}M" if size >= 1e6 else f"{size / 1e3:.0f}k"
-    block = "one block" if run["block_length"] is None else f"block {run['block_length']}"
+    blocks = not all("window" in parse_call(entrant.unmask).knobs for entrant in c.policies)  # a window knows none
+    block = [f"block {run['block_length']}" if run["block_length"] else "one block"] * blocks
     problems = f"{c.n_problems} problem{'s' * (c.n_problems != 1)}"
     extras = [f"batch {run['batch_size']}"] * (run["batch_size"] > 1)
     extras += [f"temperature {run['temperature']:g}"] * (run["temperature"] > 0)
@@ -234,7 +235,14 @@ def heading(conditions: Conditions) -> list[str]:
     extras += [f"eos-last {run['eos_last']}"] * (run["eos_last"] != "off")
     extras += [f"after-end {run['after_end']}"] * (run["after_end"] != DecodeSettings.model_fields["after_end"].default)
     unmask = _unmask(c)
-    parts = [f"{c.task} {c.split}" if c.split else c.task, problems, f"gen {run['gen_length']}", block, unmask, *extras]
+    parts = [
+        f"{c.task} {c.split}" if c.split else c.task,
+        problems,
+        f"gen {run['gen_length']}",
+        *block,
+        unmask,
+        *extras,
+    ]
     repeats = [f"{c.repeats} repeats"] * (c.repeats > 1)
     first = f"{c.model} ({weights}), {c.dtype}, {place}, torch {c.torch.partition('+')[0]}, dcache {c.dcache};"
     return [printable(first), printable(", ".join([*parts, f"seed {c.seed}", *repeats]))]

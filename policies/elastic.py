@@ -49,8 +49,8 @@ class ElasticCache(CachePolicy):
         window: int | None = Field(
             None,
             ge=1,
-            description="masked rows computed per step, leftmost first (beta, 16 in the scripts); "
-            "none: those the unmasker may commit",
+            description="masked rows computed per step, leftmost first (beta, 16 in the scripts); none: those the "
+            "unmasker may commit. To bound commits too, which a full pass does not, give the unmasker a window",
         )
         block_caching: bool = Field(True, description="freeze masks outside the window; off computes every mask")
         track_dropped: bool = Field(True, description="masks dropped behind an end-of-text may be tracked, as released")
@@ -113,10 +113,12 @@ class ElasticCache(CachePolicy):
     def _window(self, state: State) -> Bools:
         """Rows W: of the unmasker's window, of the leftmost masked positions, or of all of them."""
         if not self.config.block_caching:
-            return state.rows_for(state.masked)
-        return (
-            state.needed if self.config.window is None else state.rows_for(leftmost(state.masked, self.config.window))
-        )
+            chosen = state.masked
+        elif self.config.window is None:
+            chosen = state.window
+        else:
+            chosen = leftmost(state.masked, self.config.window)
+        return state.rows_for(chosen)
 
     def _tracked(self, state: State) -> Bools:
         """Positions T: what any layer picked in the previous step."""
