@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from dcache.calls import parse_call, write_value
+from dcache.calls import write_value
 from dcache.config import DecodeSettings
 from dcache.results import Conditions, Entrant, Result
 from dcache.text import printable
@@ -226,7 +226,7 @@ def heading(conditions: Conditions) -> list[str]:
     place = f"{c.device.upper() if c.device == 'cpu' else 'GPU'} {c.device_name}{threads}"
     size = c.n_parameters
     weights = f"{size / 1e9:.1f}B" if size >= 1e9 else f"{size / 1e6:.1f}M" if size >= 1e6 else f"{size / 1e3:.0f}k"
-    blocks = not all("window" in parse_call(entrant.unmask).knobs for entrant in c.policies)  # a window knows none
+    blocks = not all("window=" in entrant.unmask for entrant in c.policies)  # a sliding window knows none
     block = [f"block {run['block_length']}" if run["block_length"] else "one block"] * blocks
     problems = f"{c.n_problems} problem{'s' * (c.n_problems != 1)}"
     extras = [f"batch {run['batch_size']}"] * (run["batch_size"] > 1)
