@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -87,6 +87,13 @@ class CachePolicy(ABC):
     """The unmasker of the paper, e.g. ``"threshold(threshold=0.9,window=16)"``; used by ``--unmask paired``."""
 
     config: PolicyConfig
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        """A subclass is not what its parent is registered as."""
+        super().__init_subclass__(**more)
+        for attribute in ("name", "label"):
+            if attribute not in cls.__dict__:
+                setattr(cls, attribute, "")
 
     def __init__(self, config: PolicyConfig | None = None, **knobs: object):
         self.config = self.Config.model_validate(knobs) if config is None else config

@@ -41,4 +41,9 @@ def put(x: Tensor, rows: Tensor, y: Tensor) -> None:
         rows: (batch, n) int64, each in 0..slots-1; repeated entries must be the dump slot.
         y: (batch, n, width) or (batch, heads, n, head_dim), dtype of `x`.
     """
+    if y.shape[-2:] != (rows.shape[1], x.shape[-1]):
+        raise ValueError(
+            f"values of shape {tuple(y.shape)} do not fit a store of shape {tuple(x.shape)} at {rows.shape[1]} rows; "
+            f"expected (..., rows={rows.shape[1]}, width={x.shape[-1]})"
+        )
     put_ref(x, rows, y)

@@ -34,7 +34,9 @@ class DKVCache(CachePolicy):
     class Config(PolicyConfig):
         """Knobs of `DKVCache`."""
 
-        interval: int = Field(8, ge=1, description="denoising steps between two full refreshes; 1 never uses the cache")
+        interval: int = Field(
+            8, ge=1, le=2**31 - 1, description="denoising steps between two full refreshes; 1 never uses the cache"
+        )
 
     paper = "dKV-Cache: The Cache for Diffusion Language Models, arXiv 2505.15781"
     pairs_with = "low-confidence"
@@ -46,7 +48,7 @@ class DKVCache(CachePolicy):
 
     def plan(self, state: State) -> Plan:
         """Everything, except what was known two commits ago (section 3.2, delayed caching)."""
-        known = state.valid & ~state.masked
+        known = state.valid & (state.tokens != state.spec.mask_id)  # a row dropped undecoded is never known
         cached = (state.block_step >= 2) & (state.block_step % self.config.interval != 0)
         # D_{i-2}: the last commit, D_{i-1} minus D_{i-2}, is computed once more with its real token
         reused = self.before & known & cached[:, None]

@@ -17,7 +17,8 @@ in deep layers, and the most-attended token drifts least: when even *its* attent
 Departures: the released code tests after each layer and widens the stream in place; here the reuse pass runs through,
 the test is read with the picks, and all rows are recomputed from ``start`` on in the same step. The layers above the
 one that drifted are overwritten either way, so the result is the same, with no sync inside a pass. Every quantity is
-per sequence. The released similarity is a cosine over *heads* (variant "published"); the paper's formula reads as one
+per sequence. Where fewer positions than ``track_num`` may be tracked, fewer are; the released code fills up with masked
+ones. The released similarity is a cosine over *heads* (variant "published"); the paper's formula reads as one
 over keys ("paper").
 """
 
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from dcache.engine.layer import Layer
 
 
+AXIS = {"published": "heads", "paper": "rows", "flat": "flat"}  # what the cosine runs over
+
+
 class ElasticCache(CachePolicy):
     """Attention-aware, depth-aware refresh."""
 
@@ -45,10 +49,13 @@ class ElasticCache(CachePolicy):
         """Knobs of `ElasticCache`; defaults of the released scripts."""
 
         gamma: float = Field(0.9, description="refresh when the tracked rows' attention similarity (0 to 1) is below")
-        track_num: int = Field(1, ge=0, description="most-attended positions tracked per layer; 0 never refreshes")
+        track_num: int = Field(
+            1, ge=0, le=2**31 - 1, description="most-attended positions tracked per layer; 0 never refreshes"
+        )
         window: int | None = Field(
             None,
             ge=1,
+            le=2**31 - 1,
             description="masked rows computed per step, leftmost first (beta, 16 in the scripts); none: those the "
             "unmasker may commit. To bound commits too, which a full pass does not, give the unmasker a window",
         )
@@ -133,6 +140,3 @@ class ElasticCache(CachePolicy):
         dropped = state.valid & ~state.prompt & (state.tokens == state.spec.mask_id)
         excluded = state.masked | ~state.valid
         return {"excluded": excluded if self.config.track_dropped else excluded | dropped}
-
-
-AXIS = {"published": "heads", "paper": "rows", "flat": "flat"}

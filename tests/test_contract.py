@@ -33,6 +33,7 @@ from dcache.errors import NumericsError
 from dcache.kernels.rows import put, take
 from dcache.kernels.select import find, lowest
 from dcache.models.transformer import ModelSpec, Transformer
+from dcache.plugins import plugins
 from dcache.policies.dkv import DKVCache
 from dcache.policies.elastic import ElasticCache
 from dcache.policies.none import NoCache
@@ -366,6 +367,52 @@ def test_a_python_value_that_changes_is_frozen_by_the_recorder() -> None:
     assert not all(np.array_equal(a.confidence, b.confidence) for a, b in pairs)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda h: h.tolist(),
+        lambda h: h.numpy(),
+        lambda h: h.cpu(),
+        lambda h: torch.tensor([1.0]),
+        lambda h: torch.as_tensor([1.0]),
+        lambda h: torch.rand_like(h),
+        lambda h: torch.randperm(3),
+        lambda h: torch.nn.functional.dropout(h),
+        lambda h: h.clone().random_(),
+        lambda h: h[h > 0],
+        lambda h: h.nonzero(),
+        lambda h: h.flatten().unique(),
+        lambda h: bool(h.sum() > 0),
+    ],
+)
+def test_what_needs_the_host_or_a_generator_is_refused_by_the_recorder(call: Any) -> None:
+    policy = layering(lambda at, rows, h: (call(h), at.compute(rows, h))[1])
+    with pytest.raises(SyncError):
+        run(policy, executor=Recorder(), buckets=(8, 64))
+
+
+def test_a_report_in_half_precision_arrives_as_float32() -> None:
+    trace, _ = run(layering(lambda at, rows, h: (at.report("x", h[:, 0].bfloat16()), at.compute(rows, h))[1]))
+    assert trace[0].reports["x"].dtype == np.float32
+
+
+def test_an_engine_forgets_its_recordings_when_the_shape_of_the_batch_changes() -> None:
+    """A recording is bound to the buffers it was made on; coming back to a shape finds new ones."""
+    for policy in (NoCache(), DKVCache(interval=4), ElasticCache()):
+        engine = Engine(MODEL, policy, LowConfidence(), executor=Recorder(), buckets=(8, 64))
+        results = []
+        for gen in (8, 8, 12, 8, 8, 8):
+            results.append(commits(decode(engine, start(gen=gen))))
+        plain = Engine(MODEL, policy, LowConfidence())
+        assert results == [commits(decode(plain, start(gen=gen))) for gen in (8, 8, 12, 8, 8, 8)]
+
+
+def test_a_subclass_does_not_pass_for_what_its_parent_is_registered_as() -> None:
+    plugins()  # registers the built-ins under their names
+    mine = type("Mine", (ElasticCache,), {})()
+    assert (mine.name, mine.label, ElasticCache.name) == ("", "", "elastic")
+
+
 # -- a policy that breaks the contract is named, with step, expected and found ----------------------------------------
 
 
@@ -394,6 +441,31 @@ BROKEN: dict[str, tuple[CachePolicy, str]] = {
         "not all of its rows have had a pass yet",
     ),
     "visible": (planning(lambda s: Plan(s.valid, visible=s.valid[:, :3])), r"visible has shape \(2, 3\)"),
+    "no plan": (planning(lambda s: s.valid), "plan returned a ndarray, expected a Plan"),
+    "kind": (planning(lambda s: Plan(s.valid, kind=[1])), "kind .* cannot be part of a key: unhashable type"),  # type: ignore[arg-type]
+    "start as a list": (planning(lambda s: Plan(s.valid, start=[0, 0])), "start is a list"),
+    "visible as a list": (planning(lambda s: Plan(s.valid, visible=[1])), "visible is a list"),
+    "dtype of a flag": (
+        planning(lambda s: Plan(s.valid, flags={"x": np.ones(2, np.uint8)})),
+        r"flags\['x'\] has dtype uint8, expected bool, int64 or float32",
+    ),
+    "width of H": (planning(Plan.all, stores=lambda self, spec: {"H": 3}), "'H' of width 3; .* layer input, 32"),
+    "no stream": (layering(lambda at, rows, h: None), "layer 0 returned NoneType, expected a pair of tensors"),
+    "rows out of order": (layering(lambda at, rows, h: (rows.flip(1), h)), "expected ascending positions in 0..14"),
+    "rows out of range": (layering(lambda at, rows, h: at.compute(rows + 90, h)), "layer 0 raised"),
+    "unknown set": (layering(lambda at, rows, h: (at.sets["x"], h)), "layer 0 raised KeyError: 'x'"),
+    "width of a store": (
+        planning(
+            Plan.all,
+            stores=lambda self, spec: {"X": 3},
+            layer=lambda self, at, rows, h: (at.store("X", rows, h), at.compute(rows, h))[1],
+        ),
+        "layer 0 raised ValueError: values of shape .* do not fit a store",
+    ),
+    "shape of a report": (
+        layering(lambda at, rows, h: (at.report("x", h[:, 0, : at.index + 1]), at.compute(rows, h))[1]),
+        "layer 1 raised ValueError: report 'x' has shape",
+    ),
     "unwritten keys": (planning(lambda s: Plan(s.needed)), "attends to position 0, whose key and value nobody"),
     "rows of a layer": (layering(lambda at, rows, h: (rows.float(), h)), "layer 0 returned rows"),
     "h of a layer": (layering(lambda at, rows, h: (rows, h[:, :2])), r"layer 0 returned h \(2, 2, 32\)"),
@@ -405,7 +477,7 @@ def test_a_broken_plan_is_refused_by_name_step_and_value(name: str) -> None:
     policy, message = BROKEN[name]
     with pytest.raises(PolicyError, match=message) as caught:
         run(policy)
-    assert str(caught.value).startswith("policy 'Broken', step ")
+    assert str(caught.value).startswith("policy 'Broken'")
 
 
 def test_a_sequence_that_never_computes_its_window_stops_the_run_and_names_the_rows() -> None:
@@ -496,5 +568,8 @@ def test_sampling_depends_on_the_sequence_and_not_on_the_batch() -> None:
     alone = decode(Engine(MODEL, NoCache(), LowConfidence(sampling=sampling)), state)
     for a, b in zip(both, alone, strict=True):
         assert (a.tokens[1, :11] == b.tokens[0]).all()
+    twins = State(MODEL.spec, [PROMPTS[0]] * 2, 8)  # equal prompts, other numbers: other noise
+    trace = decode(Engine(MODEL, NoCache(), LowConfidence(sampling=sampling)), twins)
+    assert any((s.tokens[0] != s.tokens[1]).any() for s in trace[:1])
     other = decode(Engine(MODEL, NoCache(), LowConfidence(sampling=Sampling(temperature=1.0, seed=4))), start())
     assert commits(other) != commits(both)

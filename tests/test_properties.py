@@ -202,7 +202,8 @@ def test_reused_rows_keep_their_bits(canvas: dict[str, Any], policy: str) -> Non
     run = Run(canvas, policy)
     with watched_stores(run) as checked:
         run.go()
-    assert checked
+    long = len(run.trace) > 3 and canvas["block_length"] is None  # short blocks leave nothing to reuse
+    assert sum(checked) > 0 or policy == "none" or not long
 
 
 @given(canvas=canvases, policy=st.sampled_from(POLICIES), buckets=st.sampled_from([(), (4, 16)]))
@@ -266,10 +267,10 @@ def test_a_second_run_on_the_same_engine_is_the_first_again(canvas: dict[str, An
 
 @given(canvas=canvases, policy=st.sampled_from(POLICIES))
 def test_a_finished_sequence_costs_nothing(canvas: dict[str, Any], policy: str) -> None:
-    run = Run(canvas, policy).go()
-    for step in run.trace:
-        assert not step.rows[~step.active].any()
+    run = Run(canvas, policy, maps=True).go()
+    for step in run.trace:  # both are counted where the work is done, not copied from the plan
         assert not step.row_layers[:, ~step.active].any()
+        assert not step.maps["kv_rows"][:, ~step.active].any()
 
 
 @given(canvas=canvases)

@@ -14,6 +14,7 @@ from dcache.policy import Plan
 from dcache.state import State
 from dcache.unmasking.base import Ask
 
+FLAG_DTYPES = (np.dtype(np.bool_), np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.float64))
 STALLED_AFTER = 8  # steps without a commit, with commits due
 
 
@@ -32,9 +33,9 @@ class Checks:
         self._flag_shapes: dict[tuple[object, ...], dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
         self._idle = np.zeros(state.batch, dtype=np.int64)
 
-    def fail(self, message: str) -> NoReturn:
+    def fail(self, message: str, cause: Exception | None = None) -> NoReturn:
         """Raise, naming policy and step."""
-        raise PolicyError(f"policy {self.label}, step {int(self.state.step.max())}: {message}")
+        raise PolicyError(f"policy {self.label}, step {int(self.state.step.max())}: {message}") from cause
 
     def preloaded(self, rows: Bools) -> None:
         """Take note of keys that the policy wrote in `begin`."""
@@ -42,6 +43,12 @@ class Checks:
 
     def plan(self, plan: Plan, second: bool) -> None:
         """Shapes, dtypes and ranges of a plan; every visible key has been written."""
+        if not isinstance(plan, Plan):
+            self.fail(f"{'review' if second else 'plan'} returned a {type(plan).__name__}, expected a Plan")
+        try:
+            hash((plan.kind, *plan.marks.items()))
+        except TypeError as error:
+            self.fail(f"kind {plan.kind!r} or marks {dict(plan.marks)!r} cannot be part of a key: {error}")
         self._masks(plan)
         self._start(plan, second)
         self._flags(plan, second)
@@ -69,6 +76,8 @@ class Checks:
             return
         state, layers = self.state, self.state.spec.n_layers
         start = plan.start
+        if not isinstance(start, np.ndarray):
+            self.fail(f"start is a {type(start).__name__}, expected a numpy array (batch={state.batch},) int64")
         if start.shape != (state.batch,) or not np.issubdtype(start.dtype, np.integer):
             self.fail(f"start has shape {start.shape} and dtype {start.dtype}, expected (batch={state.batch},) int64")
         if ((start < 0) | (start > layers)).any():
@@ -91,6 +100,8 @@ class Checks:
                     f"flags[{name!r}] is {found}, expected a numpy array (batch={state.batch},), "
                     f"(batch, slots={state.slots}) or (batch, layers={state.spec.n_layers})"
                 )
+            if flag.dtype not in FLAG_DTYPES:
+                self.fail(f"flags[{name!r}] has dtype {flag.dtype}, expected bool, int64 or float32")
             shapes[name] = (flag.shape, flag.dtype)
         known = self._flag_shapes.setdefault((plan.kind, *sorted(plan.marks.items()), second), shapes)
         if known != shapes:
@@ -100,6 +111,8 @@ class Checks:
         state, visible = self.state, plan.visible
         if visible is None:
             seen = state.valid
+        elif not isinstance(visible, np.ndarray | Tensor):
+            self.fail(f"visible is a {type(visible).__name__}, expected a numpy array or a tensor on the device")
         else:
             shape = tuple(visible.shape)
             per_layer = (
@@ -150,9 +163,12 @@ class Checks:
         if idle.any():
             self.fail(f"review returned rows for sequence {int(idle.argmax())}, which is finished")
 
-    def stream(self, index: int, rows: Tensor, h: Tensor, before: Tensor, fixed: bool) -> None:
-        """What `layer` returned, checked by shape and dtype at the eager run of each kind of pass."""
+    def stream(self, index: int, stream: object, before: Tensor, fixed: bool, debug: bool) -> tuple[Tensor, Tensor]:
+        """What `layer` returned, checked whenever Python runs the pass: shape and dtype; in debug mode values too."""
         width = self.state.spec.d_model
+        if not (isinstance(stream, tuple) and len(stream) == 2 and all(isinstance(x, Tensor) for x in stream)):
+            self.fail(f"layer {index} returned {type(stream).__name__}, expected a pair of tensors (rows, h)")
+        rows, h = stream
         if rows.dtype != torch.int64 or rows.dim() != 2 or rows.shape[0] != before.shape[0]:
             self.fail(f"layer {index} returned rows {tuple(rows.shape)} {rows.dtype}, expected (batch, m) int64")
         if tuple(h.shape) != (*rows.shape, width) or h.dtype != before.dtype or h.device != before.device:
@@ -165,3 +181,12 @@ class Checks:
                 f"layer {index} changed the stream from {before.shape[1]} to {rows.shape[1]} rows in a pass with "
                 "`start`; sequences that enter at different layers need one width"
             )
+        if debug:
+            table, slots = rows.cpu().numpy(), self.state.slots
+            falls = (np.diff(table, axis=1) < 1) & (table[:, 1:] < slots)
+            if falls.any() or (table < 0).any() or (table > slots).any():
+                self.fail(
+                    f"layer {index} returned rows {table.tolist()}, expected ascending positions in 0..{slots - 1}, "
+                    f"padded with {slots}"
+                )
+        return rows, h

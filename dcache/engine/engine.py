@@ -20,9 +20,9 @@ from dcache.engine.checks import Checks
 from dcache.engine.layer import Boards, Books, Layer, Pass
 from dcache.engine.network import Network, Stores
 from dcache.engine.packet import Packet, fields_of
-from dcache.errors import NumericsError, UnmaskerError
+from dcache.errors import NumericsError, PolicyError, UnmaskerError
 from dcache.kernels.rows import put, take
-from dcache.models.transformer import Transformer
+from dcache.models.transformer import ModelSpec, Transformer
 from dcache.policy import CachePolicy, Plan
 from dcache.state import Seen, State
 from dcache.unmasking.base import Ask, Asked, Unmasker
@@ -36,10 +36,19 @@ class Executor(Protocol):
     def __call__(self, key: Hashable, work: Callable[[], None]) -> None:
         """Run `work`, or a recording of it made earlier under the same key."""
 
+    def forget(self) -> None:
+        """Drop all recordings: the buffers they were made on are gone."""
 
-def eager(key: Hashable, work: Callable[[], None]) -> None:
-    """Run the work as it stands."""
-    work()
+
+class Eager:
+    """Runs the work as it stands."""
+
+    def __call__(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Run it."""
+        work()
+
+    def forget(self) -> None:
+        """There is nothing to forget."""
 
 
 @dataclass
@@ -76,7 +85,7 @@ class Engine:
         policy: which rows are computed.
         unmasker: which positions are committed.
         buckets: sizes to which row lists are padded; () takes exact sizes, the default on a CPU.
-        executor: how a pass is run; None runs it eagerly.
+        executor: how a pass is run, of this engine's own; None runs it eagerly.
         maps: keep a recompute map (layers, batch, slots) of every step.
         debug: fill stores with NaN first, so that reading what nobody wrote shows.
     """
@@ -94,8 +103,9 @@ class Engine:
     ):
         self.model, self.policy, self.unmasker = model, policy, unmasker
         self.buckets = (GPU_BUCKETS if model.device.type == "cuda" else ()) if buckets is None else tuple(buckets)
-        self.executor, self.maps, self.debug = executor or eager, maps, debug
+        self.executor, self.maps, self.debug = executor or Eager(), maps, debug
         self._shape: tuple[int, int] | None = None
+        self._inspect = False
 
     @property
     def label(self) -> str:
@@ -111,7 +121,7 @@ class Engine:
     def begin(self, state: State) -> None:
         """Make room for a batch and forget the last one. Buffers are kept while batch and slots stay the same."""
         self.state = state
-        extra = self.policy.stores(state.spec)
+        extra = self._extra_stores(state.spec)
         if self._shape != (state.batch, state.slots):
             self._allocate(state.batch, state.slots, extra)
         else:
@@ -122,8 +132,22 @@ class Engine:
         self.policy.begin(self.network, state)
         self.unmasker.begin(self.network, state)
 
+    def _extra_stores(self, spec: ModelSpec) -> dict[str, int]:
+        """The stores that the policy asks for, checked."""
+        extra = self.policy.stores(spec)
+        for name, width in extra.items():
+            expected = {"H": spec.d_model, "Q": spec.q_width}.get(name, width)
+            if name in ("K", "V") or not isinstance(width, int) or width < 1 or width != expected:
+                raise PolicyError(
+                    f'policy {self.label}: stores() asks for {name!r} of width {width!r}; "H" has the width of the '
+                    f'layer input, {spec.d_model}, "Q" that of all query heads, {spec.q_width}, others any from 1 on; '
+                    "K and V are always there"
+                )
+        return extra
+
     def _allocate(self, batch: int, slots: int, extra: dict[str, int]) -> None:
         model, device = self.model, self.model.device
+        self.executor.forget()  # whatever it holds was recorded on the buffers that are replaced here
         self.stores = Stores(model, batch, slots, extra, self.debug)
         self.boards = Boards(model.spec.n_layers, batch, slots, device, self.maps)
         self.layers = [Layer(model, block, i, self.stores, self.boards) for i, block in enumerate(model.blocks())]
@@ -163,7 +187,9 @@ class Engine:
             prepared.inputs.device["visible"].copy_(shown & self._valid)
         prepared.inputs.upload()
         if prepared.outputs is None:
+            self._inspect = self.debug  # values may be read in this eager run, never in a recorded one
             results = self._forward(prepared, second)
+            self._inspect = False
             prepared.outputs = Packet(fields_of(results), self.model.device)
             self._deliver(prepared, results)
         else:
@@ -264,12 +290,20 @@ class Engine:
                 planned, h, live = self._enter(current, layer, h)
                 rows = planned
             layer.enter(current, planned, live)
-            out_rows, out_h = self.policy.layer(layer, rows, h)
-            self.checks.stream(layer.index, out_rows, out_h, h, fixed=current.start is not None)
-            rows, h = out_rows, out_h
+            stream = self._layer(layer, rows, h)
+            rows, h = self.checks.stream(layer.index, stream, h, current.start is not None, self._inspect)
         put(self.top, rows, h)
         self.have.scatter_(1, rows, True)
         return self._read(prepared)
+
+    def _layer(self, layer: Layer, rows: Tensor, h: Tensor) -> object:
+        """The policy's layer; what it raises by mistake is reported as the policy's."""
+        try:
+            return self.policy.layer(layer, rows, h)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            self.checks.fail(f"layer {layer.index} raised {type(error).__name__}: {error}", error)
 
     def _enter(self, current: Pass, layer: Layer, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A pass with `start`: sequences that have not begun point at the dump slot, those that begin read "H"."""

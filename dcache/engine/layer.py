@@ -258,10 +258,16 @@ class Layer:
 
         It arrives as ``seen.reports[name]``: (layers, batch, ...), or (batch, ...) with ``per_layer=False``.
         """
+        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x  # numpy knows no bfloat16
+        shape = (self._boards.layers, *x.shape) if per_layer else x.shape
         board = self._boards.reports.get(name)
         if board is None:  # the eager run before any capture allocates it
-            shape = (self._boards.layers, *x.shape) if per_layer else x.shape
             board = self._boards.reports[name] = torch.zeros(shape, dtype=x.dtype, device=x.device)
+        if (board.shape, board.dtype) != (shape, x.dtype):
+            raise ValueError(
+                f"report {name!r} has shape {tuple(x.shape)} and dtype {x.dtype} in layer {self.index}, but its first "
+                f"had {tuple(board.shape[per_layer:])} and {board.dtype}; a report has one shape per name"
+            )
         if name not in self.now.books.reports:
             self.now.books.reports.append(name)
         place = board[self.index] if per_layer else board

@@ -212,7 +212,8 @@ class LoopCase(Case):
             seed, batch = self.data["torch_seed"], self.data["batch"]
             noise = Replayed(seed, batch, slots, vocab, temperature > 0, random)
         if s.get("threshold") is not None:
-            return Threshold(sampling=sampling, noise=noise, threshold=s["threshold"])
+            least = s.get("num_transfer_tokens", 1)
+            return Threshold(sampling=sampling, noise=noise, threshold=s["threshold"], at_least=least)
         if "steps" in s:
             return (Random if random else LowConfidence)(sampling=sampling, noise=noise, steps=s["steps"])
         return LowConfidence(sampling=sampling, noise=noise, tokens_per_step=s.get("num_transfer_tokens", 1))

@@ -12,18 +12,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-HOST = (
+HOST_OPS = (
     "_local_scalar_dense", "nonzero", "nonzero_numpy", "is_nonzero", "equal", "masked_select", "_unique", "_unique2",
-    "unique_dim", "unique_consecutive", "bincount", "rand", "randn", "randint", "normal_", "uniform_", "bernoulli",
-    "multinomial", "exponential_", "repeat_interleave",
+    "unique_dim", "unique_consecutive", "bincount", "repeat_interleave",
 )  # fmt: skip
+HOST_CALLS = {
+    Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.item, Tensor.__bool__, Tensor.__array__,
+    torch.tensor, torch.as_tensor, torch.from_numpy,
+}  # fmt: skip
 
 
 class SyncError(AssertionError):
     """A captured method used an operation that needs the host, or whose shape depends on values."""
+
+
+class _Calls(TorchFunctionMode):
+    """Refuses what never reaches the dispatcher: on a CPU these are free, on a GPU each of them is a copy or a sync."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in HOST_CALLS:
+            raise SyncError(f"{func.__name__} moves values between host and device; it cannot be captured")
+        return func(*args, **(kwargs or {}))
 
 
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves these two untyped
@@ -37,7 +50,9 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
         if parts is not NotImplemented:
             return parts
         name = func._schema.name.split("::")[-1]
-        if name in HOST:
+        if torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in name:  # draws for dropout
+            raise SyncError(f"{func} draws from a generator, which a replay would repeat; use dcache.kernels.noise")
+        if name in HOST_OPS:
             raise SyncError(f"{func} needs the host, or gives a shape that depends on values; it cannot be captured")
         if name in ("index", "index_put", "index_put_") and any(
             isinstance(x, Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1])
@@ -63,7 +78,7 @@ class Recorder:
     def __call__(self, key: Hashable, work: Callable[[], None]) -> None:
         """Record `work` the first time, replay it from then on."""
         if key not in self._tapes:
-            with _Tape() as tape:
+            with _Calls(), _Tape() as tape:
                 work()
             self._tapes[key] = tape.calls
             self.recorded += 1
@@ -71,6 +86,10 @@ class Recorder:
         self.replayed += 1
         for func, args, kwargs, out in self._tapes[key]:
             self._replay(func, args, kwargs, out)
+
+    def forget(self) -> None:
+        """Drop all tapes."""
+        self._tapes.clear()
 
     @staticmethod
     def _replay(func: Any, args: Any, kwargs: Any, out: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from dcache.engine.network import Network
 
 
+MOST = 2**31 - 1  # of any count: far beyond use, and within every integer type
+
+
 class UnmaskerConfig(BaseModel):
     """Knobs that every unmasker has."""
 
@@ -34,6 +37,7 @@ class UnmaskerConfig(BaseModel):
     window: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="sliding window: only the leftmost masked rows of the generation, this many, may be committed, and "
         "blocks do not apply; none: the masked rows of the current block",
     )
@@ -45,7 +49,9 @@ class Sampling(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float = Field(0.0, ge=0, description="temperature of LLaDA's Gumbel rule; 0 takes the best token")
-    seed: int = Field(0, ge=0, description="seed of all noise; the same seed gives the same tokens in any batch")
+    seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="seed of all noise; the same seed gives the same tokens in any batch"
+    )
     forbid_eos: bool = Field(False, description="never predict end-of-text (LLaDA's logits_eos_inf)")
     eos_last: Literal["off", "on", "published"] = Field(
         "off",
@@ -220,6 +226,13 @@ class Unmasker(ABC):
     """Where the rule comes from."""
 
     config: UnmaskerConfig
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        """A subclass is not what its parent is registered as."""
+        super().__init_subclass__(**more)
+        for attribute in ("name", "label"):
+            if attribute not in cls.__dict__:
+                setattr(cls, attribute, "")
 
     def __init__(
         self,

@@ -14,7 +14,6 @@ Departures from the released code: the mask token is never a candidate; ties go 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import Tensor
 from dcache.arrays import Ints
 from dcache.errors import UsageError
 from dcache.state import State
-from dcache.unmasking.base import Ask, Asked, Picks, Unmasker, UnmaskerConfig, ask_for, best, candidates
+from dcache.unmasking.base import MOST, Ask, Asked, Picks, Unmasker, UnmaskerConfig, ask_for, best, candidates
 
 if TYPE_CHECKING:
     from dcache.engine.network import Network
@@ -35,9 +34,9 @@ class Schedule(UnmaskerConfig):
     """How many rows a step commits."""
 
     steps: int | None = Field(
-        None, ge=1, description="denoising steps of the whole generation, split evenly over the blocks (LLaDA)"
+        None, ge=1, le=MOST, description="denoising steps of the whole generation, split evenly over the blocks (LLaDA)"
     )
-    tokens_per_step: int | None = Field(None, ge=1, description="rows per step; 1 unless steps is given")
+    tokens_per_step: int | None = Field(None, ge=1, le=MOST, description="rows per step; 1 unless steps is given")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Schedule:
@@ -49,7 +48,9 @@ class Schedule(UnmaskerConfig):
 class Quota:
     """LLaDA's ``get_num_transfer_tokens``: n masked rows over s steps, n // s each, the remainder to the first ones.
 
-    It is fixed when a block begins; with more steps than rows, some steps commit nothing and still cost a pass.
+    It is fixed when a block begins. With more steps than rows the last steps would commit nothing; the released loop
+    makes those forward calls all the same, this one does not. Rows that are left when the schedule is through (a window
+    narrower than the quota, a row that was put back or not predicted) follow at the same pace, at least one per step.
     """
 
     def __init__(self, config: Schedule):
@@ -74,7 +75,7 @@ class Quota:
         rows = state.masked if whole else state.masked & state.block
         self.size = np.where(step == 0, rows.sum(1), self.size)
         share, rest = np.divmod(self.size, self.config.steps // blocks)
-        quota: Ints = share + (step < rest)
+        quota: Ints = np.maximum(share + (step < rest), 1)
         return quota
 
 
@@ -95,7 +96,7 @@ class Scheduled(Unmasker):
     def ask(self, state: State) -> Ask:
         """The masked rows of the block or window, and this step's quota."""
         quota = self.quota.of(state)
-        return replace(ask_for(state, self.config.window, quota=quota), commits=quota > 0)
+        return ask_for(state, self.config.window, quota=quota)
 
     def pick(self, logits: Tensor, at: Asked) -> Picks:
         """Commit the `quota` rows of highest score."""
@@ -130,6 +131,7 @@ class Threshold(Unmasker):
         """Knobs of `Threshold`."""
 
         threshold: float = Field(0.9, description="commit rows whose confidence is at least this probability")
+        at_least: int = Field(1, ge=1, le=MOST, description="rows that a step commits in any case, the surest")
 
     paper = "Fast-dLLM, arXiv 2505.22618; Elastic-Cache, arXiv 2510.14973"
     config: Config
@@ -139,8 +141,8 @@ class Threshold(Unmasker):
         return ask_for(state, self.config.window)
 
     def pick(self, logits: Tensor, at: Asked) -> Picks:
-        """Commit what reaches the threshold, and the most confident row in any case."""
+        """Commit what reaches the threshold, and the most confident rows in any case."""
         tokens, confidence = candidates(logits, at, self.sampling, self.noise)
-        one = torch.ones_like(at.where[:, 0])
+        least = torch.full_like(at.where[:, 0], self.config.at_least)
         sure = at.eligible & (confidence >= self.config.threshold)
-        return Picks(tokens, confidence, sure | best(confidence, at.eligible, one))
+        return Picks(tokens, confidence, sure | best(confidence, at.eligible, least))

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcache import Sampling, State, Unmasker, UsageError
+from dcache import Sampling, Seen, State, Unmasker, Update, UsageError
 from dcache.decode import decode
 from dcache.engine import Engine
 from dcache.policies.none import NoCache
@@ -37,6 +37,32 @@ def test_the_schedule_splits_a_block_evenly_with_the_remainder_first(n: int, s: 
     expected = [share + (i < rest) for i in range(s)]
     last = max(i for i, k in enumerate(expected) if k)  # steps behind the last commit are not made: nothing is masked
     assert [int(t.commit.sum()) for t in trace] == expected[: last + 1] * blocks
+
+
+def test_a_window_narrower_than_the_quota_takes_more_steps_and_ends() -> None:
+    trace, state = go(LowConfidence(steps=3, window=2))
+    assert [int(t.commit.sum()) for t in trace] == [2, 2, 2, 2, 2, 2]
+    assert not state.masked.any()
+
+
+def test_a_row_put_back_after_the_last_scheduled_step_is_decoded_again() -> None:
+    class Late(LowConfidence):
+        def settle(self, state: State, seen: Seen) -> Update:
+            update = super().settle(state, seen)
+            if state.step[0] != 3:
+                return update
+            back = np.zeros_like(update.commit)
+            back[0, 4] = True
+            return replace(update, commit=update.commit & ~back, remask=back)
+
+    trace, state = go(Late(steps=8), gen=4)
+    assert not state.masked.any()
+    assert len(trace) == 5
+
+
+def test_threshold_commits_at_least_as_many_as_asked() -> None:
+    trace, _ = go(Threshold(threshold=1.5, at_least=5))
+    assert [int(t.commit.sum()) for t in trace] == [5, 5, 2]
 
 
 def test_steps_must_be_divisible_by_the_number_of_blocks() -> None:
