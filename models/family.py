@@ -45,7 +45,10 @@ class Family(ABC):
 
     @abstractmethod
     def recognises(self, config: Mapping[str, Any], tensors: Collection[str]) -> bool:
-        """Whether a checkpoint is of this family: by what its config declares, or by its tensor names."""
+        """Whether a checkpoint is of this family: by the `model_type` and `architectures` that its config declares.
+
+        Tensor names count only where it declares neither: forks of a format keep its names and compute something else.
+        """
 
     @abstractmethod
     def spec(self, config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer | None) -> ModelSpec:

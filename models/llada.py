@@ -56,10 +56,11 @@ class LLaDA(Family):
     }
 
     def recognises(self, config: Mapping[str, Any], tensors: Collection[str]) -> bool:
-        """LLaDA-MoE also declares the type "llada", so the architecture counts; tensor names settle what is left."""
-        architectures = config.get("architectures")
-        declared = config.get("model_type") == "llada" and architectures in (None, [], ["LLaDAModelLM"])
-        return declared or {"model.transformer.wte.weight", "model.transformer.blocks.0.q_proj.weight"} <= set(tensors)
+        """LLaDA-MoE also declares the type "llada", so the architecture counts."""
+        kind, architectures = config.get("model_type") or None, config.get("architectures") or None
+        if kind is None and architectures is None:
+            return {"model.transformer.wte.weight", "model.transformer.blocks.0.q_proj.weight"} <= set(tensors)
+        return kind in (None, "llada") and architectures in (None, ["LLaDAModelLM"])
 
     def spec(self, config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer | None) -> ModelSpec:
         """Translate the config table; see `Family.spec`."""

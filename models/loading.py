@@ -306,13 +306,20 @@ def _recognise(folder: Path, families: Sequence[Family], config: Mapping[str, An
     found = [f for f in families if f.recognises(config, tensors)]
     if len(found) == 1:
         return found[0]
-    names = ", ".join(f.name for f in found or families)
-    declared = f"model_type {config.get('model_type')!r} and architectures {config.get('architectures')!r}"
-    problem = f"more than one model family recognises it: {names}" if found else f"no model family of {names} knows it"
-    example = next(iter(tensors), None)
+    declared = " and ".join(f"{key} {config[key]!r}" for key in ("model_type", "architectures") if config.get(key))
+    problem = f"{folder}: config.json declares {declared or 'neither model_type nor architectures'}; "
+    if found:
+        names = ", ".join(f.name for f in found)
+        raise ModelError(f"{problem}more than one family recognises it: {names}. Name one with family= (--family)")
+    problem += f"known families: {', '.join(f.name for f in families)}. "
+    if alike := [f.name for f in families if f.recognises({}, tensors)]:
+        raise ModelError(
+            f"{problem}Its tensors are named like those of {', '.join(alike)}: "
+            f"give family={alike[0]!r} (--family {alike[0]}) to load it all the same"
+        )
     raise ModelError(
-        f"{folder}: {problem}; config.json declares {declared}, and a tensor is called {example!r}. "
-        "If you know the family, name it with family="
+        f"{problem}A tensor is called {next(iter(tensors), None)!r}. If it is of one of them all the same, name that "
+        "with family= (--family)"
     )
 
 

@@ -162,11 +162,17 @@ def test_every_known_end_token_ends_a_text() -> None:
     assert "'eos_token_id'" in refusal(without="eos_token_id")
 
 
-def test_it_is_recognised_by_declaration_or_by_tensor_names() -> None:
+def test_it_is_recognised_by_declaration_and_by_tensor_names_where_nothing_is_declared() -> None:
     family = LLaDA()
     assert family.recognises(CONFIG, [])
     assert family.recognises({"model_type": "llada"}, [])
-    assert family.recognises({"model_type": "mmada", "architectures": ["MMadaModelLM"]}, OWN_NAMES)
+    assert family.recognises({"architectures": ["LLaDAModelLM"]}, [])
+    assert family.recognises({}, OWN_NAMES)
+    assert family.recognises({"model_type": None, "architectures": []}, OWN_NAMES)
+    assert not family.recognises({}, HF_NAMES)
+    assert not family.recognises({"model_type": "mmada", "architectures": ["MMadaModelLM"]}, OWN_NAMES)
+    assert not family.recognises({"model_type": "qwen2"}, OWN_NAMES)
+    assert not family.recognises({"architectures": ["Qwen2ForCausalLM"]}, OWN_NAMES)
     assert not family.recognises({"model_type": "llada", "architectures": ["LLaDAMoEModelLM"]}, HF_NAMES)
     assert not family.recognises({"model_type": "llava_llada", "architectures": ["LLaDAModelLM"]}, HF_NAMES)
     assert not family.recognises({"model_type": "Dream", "architectures": 5}, HF_NAMES)

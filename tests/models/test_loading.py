@@ -343,6 +343,22 @@ def test_an_unrecognised_checkpoint_says_what_it_declares(draft: Draft) -> None:
     refused(draft.save(), "'bert'", "['BertModel']", "'bert.embeddings.weight'", "llada", "family=")
 
 
+def test_a_config_of_another_family_is_refused_although_its_tensors_have_known_names(draft: Draft) -> None:
+    draft.config |= {"model_type": "qwen2", "architectures": None}
+    expected = (
+        "config.json declares model_type 'qwen2'; known families: llada. Its tensors are named like those of llada: "
+        "give family='llada' (--family llada) to load it all the same"
+    )
+    assert refused(draft.save()).endswith(expected)
+
+
+def test_a_config_that_declares_nothing_is_recognised_by_its_tensors(draft: Draft) -> None:
+    draft.config |= {"model_type": None, "architectures": None}
+    assert load_model(draft.save()).spec.family == "llada"
+    draft.tensors = {"bert.embeddings.weight": torch.ones(2, 2)}
+    refused(draft.save(), "declares neither model_type nor architectures", "'bert.embeddings.weight'", "--family")
+
+
 def test_a_named_family_is_used_whatever_the_config_declares(draft: Draft) -> None:
     draft.config |= {"model_type": "other", "architectures": None}
     assert load_model(draft.save(), family="llada").spec.family == "llada"
