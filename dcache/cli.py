@@ -54,6 +54,7 @@ ModelName = Annotated[str, option("a shipped model, a folder, a hub id, or a sha
 PromptsFile = Annotated[Path | None, option('prompts, one JSON object per line: {"prompt": "..."}', "--prompts")]
 Device = Annotated[str | None, option("cpu, cuda or cuda:1; the GPU if there is one", "--device")]
 Dtype = Annotated[str | None, option("bfloat16 on a GPU and float32 on a CPU unless given", "--dtype")]
+FamilyName = Annotated[str | None, option("adapter to use whatever the config declares, e.g. llada", "--family")]
 GenLength = Annotated[str | None, setting(DecodeSettings, "gen_length", metavar=COUNT)]
 BlockLength = Annotated[str | None, setting(DecodeSettings, "block_length", metavar=COUNT)]
 Unmask = Annotated[str | None, setting(DecodeSettings, "unmask")]
@@ -118,6 +119,7 @@ def compare(
     batch_size: BatchSize = None,
     device: Device = None,
     dtype: Dtype = None,
+    family: FamilyName = None,
 ) -> None:
     """Run policies on the same problems and print how they did."""
     if format_ not in report.FORMATS:
@@ -131,7 +133,7 @@ def compare(
     )  # fmt: skip
     source: Task | str | None = task if prompts is None else Prompts(prompts)
     experiment = Experiment(policy_calls(policies, set_ or [], sweep or []), source, **settings)
-    run = Run(experiment, load_model(model, device=device, dtype=dtype), out)
+    run = Run(experiment, load_model(model, device=device, dtype=dtype, family=family), out)
     try:
         watch(run)
     except KeyboardInterrupt:
@@ -194,6 +196,7 @@ def generate(
     batch_size: BatchSize = None,
     device: Device = None,
     dtype: Dtype = None,
+    family: FamilyName = None,
 ) -> None:
     """Decode one prompt to stdout; or a file of prompts, to one JSON object per line."""
     settings = settings_from(
@@ -208,7 +211,7 @@ def generate(
     texts = {"prompt": _prompt(prompt)} if prompt is not None else {}
     if prompts is not None:
         texts = {problem.id: problem.prompt for problem in Prompts(prompts).problems("", None, 0)}
-    runner = Runner(load_model(model, device=device, dtype=dtype), policy, settings)
+    runner = Runner(load_model(model, device=device, dtype=dtype, family=family), policy, settings)
     ids = [prompt_ids(runner.model, text) for text in texts.values()]
     names = list(texts)
     for begin in range(0, len(ids), settings.batch_size):

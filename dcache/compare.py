@@ -8,7 +8,7 @@ before the clock starts.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from os import PathLike
@@ -21,11 +21,11 @@ from pydantic import ValidationError
 
 import dcache
 from dcache import report
-from dcache.calls import Call
+from dcache.calls import Call, split_list
 from dcache.conditions import device_name, prompt_of, source_of, version_of, weights_of, written
 from dcache.config import DEFAULT_POLICIES, CompareSettings
 from dcache.errors import UsageError
-from dcache.generate import Output, Runner, prompt_ids, settings_from, unmasker_of
+from dcache.generate import Output, Runner, policy_of, prompt_ids, settings_from, unmasker_of
 from dcache.models.loading import Model
 from dcache.plugins import explain, make_policy, plugins
 from dcache.policy import CachePolicy
@@ -45,7 +45,8 @@ class Experiment:
     """What is compared. It needs no model, so that a mistake shows before one is loaded.
 
     Args:
-        policies: names, calls such as ``"elastic(gamma=0.95)"``, or instances; `none` is added as the reference.
+        policies: names, calls such as ``"elastic(gamma=0.95)"``, or instances; or one text, ``"elastic,dkv"``. `none`
+            is added as the reference.
         task: a name, or an instance: ``Prompts("mine.jsonl")``.
         settings: fields of `CompareSettings` and `DecodeSettings`.
 
@@ -58,7 +59,9 @@ class Experiment:
         UsageError: for what does not exist or cannot be, and for a policy that is given twice.
     """
 
-    def __init__(self, policies: Sequence[Policy] = DEFAULT_POLICIES, task: str | Task | None = None, **settings: Any):
+    def __init__(
+        self, policies: str | Sequence[Policy] = DEFAULT_POLICIES, task: str | Task | None = None, **settings: Any
+    ):
         self.run = _own({k: settings.pop(k) for k in [*settings] if k in CompareSettings.model_fields}, task)
         self.task: Task = plugins().tasks.get(self.run.task).thing() if not isinstance(task, Task) else task
         if settings.get("gen_length") is None:
@@ -66,7 +69,7 @@ class Experiment:
         self.settings = settings_from(**settings)
         self.policies: dict[str, CachePolicy] = {REFERENCE: make_policy(REFERENCE)}
         seen = set()
-        for policy in map(make_policy, policies):
+        for policy in map(policy_of, _listed(policies)):
             name = written(policy)
             if name in seen:
                 raise UsageError(f"policy {name!r} is listed twice; it would be run twice to the same tokens")
@@ -123,7 +126,19 @@ class Experiment:
         )
 
 
+def _listed(policies: str | Sequence[Policy]) -> Iterable[Policy]:
+    if isinstance(policies, str):
+        return split_list(policies)
+    if isinstance(policies, Call | CachePolicy):
+        return [policies]
+    if not isinstance(policies, Iterable):
+        raise UsageError(f"policies is {policies!r}; give a list such as ['elastic(gamma=0.95)', 'dkv']")
+    return policies
+
+
 def _own(settings: dict[str, Any], task: str | Task | None) -> CompareSettings:
+    if not isinstance(task, str | Task | None):
+        raise UsageError(f"task is {task!r}; give a name, such as 'gsm-mini', or an instance of Task")
     name = {} if task is None else {"task": task if isinstance(task, str) else task.name}
     try:
         return CompareSettings.model_validate(settings | name)
@@ -156,9 +171,9 @@ class Run:
     ):
         self.experiment, self.model = experiment, model
         self.clock = clock or perf_counter
+        self.runners = {name: Runner(model, p, experiment.settings) for name, p in experiment.policies.items()}
         self.prompts = [prompt_ids(model, problem.prompt) for problem in experiment.problems]
         self._check_lengths()
-        self.runners = {name: Runner(model, p, experiment.settings) for name, p in experiment.policies.items()}
         self.runners[REFERENCE].state(self.prompts)  # lengths and blocks, before anything runs
         self.marks = [prompt_of(i, p.answer) for i, p in zip(self.prompts, experiment.problems, strict=True)]
         self.conditions = experiment.conditions(model, {n: written(r.unmasker) for n, r in self.runners.items()})
@@ -351,7 +366,7 @@ class Comparison:
 
 def compare(
     model: Model,
-    policies: Sequence[Policy] = DEFAULT_POLICIES,
+    policies: str | Sequence[Policy] = DEFAULT_POLICIES,
     task: str | Task | None = None,
     *,
     out: str | PathLike[str] | None = None,
@@ -361,7 +376,8 @@ def compare(
 
     Args:
         model: from `load_model`.
-        policies: names, calls such as ``"elastic(gamma=0.95)"``, or instances; `none` always runs as the reference.
+        policies: names, calls such as ``"elastic(gamma=0.95)"``, or instances; or one text, ``"elastic,dkv"``. `none`
+            always runs as the reference.
         task: a task's name, or an instance; None is gsm-mini.
         out: folder for ``results.jsonl``, written line by line; the same call again continues where it stopped.
         settings: limit, repeats and split of `CompareSettings`; gen_length, block_length, unmask, temperature, seed,

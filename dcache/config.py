@@ -10,17 +10,23 @@ from dcache.unmasking.base import Sampling
 
 DEFAULT_GEN_LENGTH = 96
 DEFAULT_POLICIES = ("elastic", "dkv")
+LARGEST = 2**31 - 1
+"""Of lengths and counts: far above any real one, and safe in every integer of numpy and torch."""
 
 
 class DecodeSettings(Sampling):
     """How every policy of a run decodes: the canvas, the unmasker, and the sampling."""
 
     gen_length: int | None = Field(
-        None, ge=1, description=f"rows to generate after the prompt; none: the task's, or {DEFAULT_GEN_LENGTH}"
+        None,
+        ge=1,
+        le=LARGEST,
+        description=f"rows to generate after the prompt; none: the task's, or {DEFAULT_GEN_LENGTH}",
     )
     block_length: int | None = Field(
         32,
         ge=1,
+        le=LARGEST,
         description="rows of a semi-autoregressive block, decoded left to right; none: one block. Without it, a "
         "gen_length below the default is one block",
     )
@@ -29,7 +35,7 @@ class DecodeSettings(Sampling):
         description="which masked rows a step commits, e.g. threshold(threshold=0.9); 'paired' takes the unmasker of "
         "each policy's own paper",
     )
-    batch_size: int = Field(1, ge=1, description="prompts decoded together")
+    batch_size: int = Field(1, ge=1, le=LARGEST, description="prompts decoded together")
 
     @model_validator(mode="before")
     @classmethod
@@ -53,5 +59,9 @@ class CompareSettings(BaseModel):
 
     task: str = Field("gsm-mini", description="task whose problems are decoded")
     split: str = Field("test", description="split of the task")
-    limit: int | None = Field(12, ge=1, description="number of problems, from the first on; none: the whole split")
-    repeats: int = Field(1, ge=1, description="times that everything is decoded; 2 or more give tok/s a spread")
+    limit: int | None = Field(
+        12, ge=1, le=LARGEST, description="number of problems, from the first on; none: the whole split"
+    )
+    repeats: int = Field(
+        1, ge=1, le=LARGEST, description="times that everything is decoded; 2 or more give tok/s a spread"
+    )

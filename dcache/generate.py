@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
 from pydantic import ValidationError
 
 from dcache.calls import Call
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from dcache.engine.engine import Executor
 
 PAIRED = "paired"
+PROMPTS = "give a text, or a list of texts or of token-id lists"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,15 @@ def settings_from(**settings: Any) -> DecodeSettings:
         raise UsageError("; ".join(explain("the run", DecodeSettings, e) for e in error.errors())) from None
 
 
+def policy_of(policy: str | Call | CachePolicy) -> CachePolicy:
+    """The policy that a caller means; raises UsageError for what is none."""
+    if not isinstance(policy, str | Call | CachePolicy):
+        raise UsageError(
+            f"a policy is {policy!r}; give a name, a call such as 'elastic(gamma=0.95)', or an instance of CachePolicy"
+        )
+    return make_policy(policy)
+
+
 def unmasker_of(policy: CachePolicy, settings: DecodeSettings) -> Unmasker:
     """The unmasker of a run, or the one that the policy's paper pairs it with."""
     text = settings.unmask
@@ -69,6 +80,9 @@ class Runner:
         unmasker: an instance instead of ``settings.unmask``.
         executor: how passes are run; None is eager.
         maps: keep recompute maps in the trace.
+
+    Raises:
+        UsageError: for a policy that is none, weights without values, and a gen_length that no prompt could fit.
     """
 
     def __init__(
@@ -82,14 +96,28 @@ class Runner:
         maps: bool = False,
     ):
         self.model, self.settings = model, settings
-        self.policy = make_policy(policy)
+        self.policy = policy_of(policy)
+        self._check_model()
         self.unmasker = unmasker_of(self.policy, settings) if unmasker is None else unmasker
         self.engine = Engine(model.transformer, self.policy, self.unmasker, maps=maps, executor=executor)
 
+    def _check_model(self) -> None:
+        if self.model.device.type == "meta":
+            raise UsageError("weights on the device 'meta' have shapes only; load the model on another to run it")
+        if self.gen_length > (most := self.model.spec.max_positions):
+            raise UsageError(
+                f"gen_length {self.gen_length} alone exceeds the {most} positions that the model was built for; "
+                "choose a smaller one, which leaves room for the prompt"
+            )
+
+    @property
+    def gen_length(self) -> int:
+        """Rows to generate after each prompt."""
+        return self.settings.gen_length or DEFAULT_GEN_LENGTH
+
     def state(self, prompts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> State:
         """The canvas of a batch of token-id prompts; raises UsageError if it does not fit the model."""
-        length = self.settings.gen_length or DEFAULT_GEN_LENGTH
-        return State(self.model.spec, prompts, length, self.settings.block_length, ids=ids)
+        return State(self.model.spec, prompts, self.gen_length, self.settings.block_length, ids=ids)
 
     def run(self, prompts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> list[Output]:
         """Decode one batch of token-id prompts; `ids` number them within the whole run, for their noise."""
@@ -110,13 +138,13 @@ def prompt_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt: text through the model's chat template, ids as they are."""
     if isinstance(prompt, str):
         return model.prompt_ids(prompt)
-    if not isinstance(prompt, Sequence):
-        raise UsageError(f"a prompt is {prompt!r}; give a text, or a list of texts or of token-id lists")
+    if not isinstance(prompt, Sequence) and np.ndim(prompt) != 1:
+        raise UsageError(f"a prompt is {prompt!r}; {PROMPTS}")
     ids: list[Any] = list(prompt)
-    outside = [i for i in ids if not isinstance(i, int) or not 0 <= i < model.spec.vocab_size]
+    outside = [i for i in ids if not isinstance(i, int | np.integer) or not 0 <= i < model.spec.vocab_size]
     if outside:
         raise UsageError(f"a prompt holds {outside[0]!r}, which is no token id; ids run to {model.spec.vocab_size - 1}")
-    return ids
+    return [int(i) for i in ids]
 
 
 @overload
@@ -151,6 +179,8 @@ def generate(
     unmasker = settings.pop("unmask") if isinstance(settings.get("unmask"), Unmasker) else None
     run = settings_from(**settings)
     runner = Runner(model, policy, run, unmasker=unmasker)
+    if not isinstance(prompts, Iterable):
+        raise UsageError(f"prompts is {prompts!r}; {PROMPTS}")
     many: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = [prompt_ids(model, prompt) for prompt in many]
     outputs: list[Output] = []

@@ -210,7 +210,7 @@ def _parse(line: bytes, where: str) -> Conditions | Result:
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg'].lower()}"
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         what = str(error)
     raise UsageError(f"{where}: not a line of a comparison ({what}); choose another directory")
 
@@ -239,9 +239,9 @@ class ResultFile:
         try:
             self._lock()
             earlier, self.results, n_bytes = read_results(self.path)
-            for entry in earlier:
+            for entry in earlier if self.results else ():
                 self._same(entry, conditions)
-            self.stream.truncate(n_bytes)
+            self.stream.truncate(n_bytes if self.results else 0)  # what failed before its first result binds nobody
             self._append(line_of(conditions))
         except BaseException:
             self.stream.close()

@@ -100,7 +100,11 @@ class Tokenizer:
             text: what to encode.
             specials: whether a special token spelled in the text becomes that token, as published. Say False for text
                 that you did not write.
+
+        Raises:
+            UsageError: for text that holds a lone surrogate.
         """
+        _check_unicode(text)
         if specials:
             return self._ids(text)
         return self._pieces(self._cut(text, mark := _unused(text)), mark)
@@ -132,7 +136,12 @@ class Tokenizer:
         Args:
             messages: as for `render`.
             specials: whether special tokens spelled inside messages become tokens, as in the published code.
+
+        Raises:
+            UsageError: for messages that hold a lone surrogate, or that the template refuses.
         """
+        for text in _strings(list(messages)):
+            _check_unicode(text)
         if specials:
             return self._ids(self.render(messages))
         mark = _unused(self._template_text, *_strings(list(messages)))
@@ -227,6 +236,17 @@ def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
 def _line(error: BaseException) -> str:
     """An error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_unicode(text: str) -> None:
+    """Refuse what has no UTF-8 form: half of a surrogate pair, or a byte that was not UTF-8 where it was read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the text holds a lone surrogate, {text[error.start]!a}, at character {error.start + 1}: half of a "
+            "character, or a byte that was not UTF-8; remove it"
+        ) from None
 
 
 def _strings(value: Any) -> list[str]:

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import re
+import shutil
 import sys
 from itertools import count
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 import dcache
 from dcache import PluginError, PolicyError
 from dcache.cli import main
-from dcache.results import FILE
+from dcache.results import FILE, read_results
 
 FOLDER = Path(__file__).resolve().parent / "golden" / "models" / "llada_mha"
 SMALL = ["--model", str(FOLDER), "--device", "cpu", "--gen-length", "8", "--block-length", "8"]
+HUGE = "99999999999999999999"
 COMPARE = ["compare", *SMALL, "--limit", "2", "--policies"]
 
 
@@ -272,6 +274,14 @@ def test_the_help_holds_the_descriptions_and_defaults_of_the_settings(capsys, co
         (["--gen-length", "256", "--block-length", "none"], "problem 'gsm-mini/test/0/0' has a prompt of"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--temperature", "warm"], "Invalid value for '--temperature'"),
+        (["--gen-length", HUGE], f"the run: gen_length={HUGE}: input should be less than or equal to 2147483647"),
+        (["--block-length", HUGE], f"the run: block_length={HUGE}: input should be less than or equal to"),
+        (["--batch-size", HUGE], f"the run: batch_size={HUGE}: input should be less than or equal to"),
+        (["--limit", HUGE], f"the comparison: limit={HUGE}: input should be less than or equal to"),
+        (["--repeats", HUGE], f"the comparison: repeats={HUGE}: input should be less than or equal to"),
+        (["--gen-length", "4096"], "gen_length 4096 alone exceeds the 256 positions that the model was built for"),
+        (["--device", "meta"], "weights on the device 'meta' have shapes only"),
+        (["--family", "lada"], "unknown model family 'lada'. Did you mean 'llada'?"),
         (["--no-such-option"], "No such option: --no-such-option"),
     ],
 )
@@ -285,6 +295,7 @@ def test_a_mistake_in_compare_exits_2_with_one_line(capsys, arguments, message):
         ("", "no prompts; write one JSON object per line"),
         ('{"prompt": "a"}\n{"prompt": \n', "line 2, column 12: not valid JSON"),
         ('{"prompt": ""}\n', "line 1: 'prompt' is empty"),
+        (r'{"prompt": "\ud800"}', "line 1: 'prompt' holds a lone surrogate"),
     ],
 )
 @pytest.mark.parametrize("command", ["compare", "generate"])
@@ -308,6 +319,11 @@ def test_prompts_and_a_task_exclude_each_other(capsys, tmp_path, extra):
         (["a", "--policy", "elatsic"], "unknown policy 'elatsic'."),
         (["a", "--gen-length", "0"], "the run: gen_length=0: input should be greater than or equal to 1"),
         (["a" * 300], "prompt 0 has 3"),
+        (["a\udcffb"], "the text holds a lone surrogate, '\\udcff', at character 2"),
+        (["a", "--gen-length", HUGE], f"the run: gen_length={HUGE}: input should be less than or equal to"),
+        (["a", "--gen-length", "2147483647", "--block-length", "none"], "gen_length 2147483647 alone exceeds the"),
+        (["a", "--device", "meta"], "weights on the device 'meta' have shapes only"),
+        (["a", "--family", "lada"], "unknown model family 'lada'."),
     ],
 )
 def test_a_mistake_in_generate_exits_2_with_one_line(capsys, arguments, message):
@@ -319,6 +335,24 @@ def test_results_of_other_conditions_exit_2(capsys, tmp_path):
     capsys.readouterr()
     message = refused(capsys, *COMPARE, "dkv", "--limit", "1", "--out", str(tmp_path), "--seed", "1")
     assert message.startswith(f"{tmp_path}/results.jsonl holds results of other conditions: seed was 0 and is 1 now")
+
+
+@pytest.mark.parametrize("command", [["compare", "--limit", "1", "--policies", "none"], ["generate", "a"]])
+def test_a_family_is_used_whatever_the_config_declares(capsys, tmp_path, command):
+    folder = shutil.copytree(FOLDER, tmp_path / "renamed")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "qwen2"}
+    (folder / "config.json").write_text(json.dumps(config))
+    arguments = [*command, "--model", str(folder), "--device", "cpu", "--gen-length", "8"]
+    assert "--family llada" in refused(capsys, *arguments)
+    assert said(capsys, *arguments, "--family", "llada")[0] == 0
+
+
+def test_a_comparison_that_fails_before_its_first_result_leaves_the_folder_free(capsys, tmp_path):
+    wrong = [*COMPARE, "dkv", "--block-length", "4", "--unmask", "low-confidence(steps=7)", "--out", str(tmp_path)]
+    assert said(capsys, *wrong)[0] == 2
+    right = [*COMPARE, "dkv", "--out", str(tmp_path)]
+    assert said(capsys, *right)[0] == 0
+    assert len(read_results(tmp_path / FILE)[0]) == 1
 
 
 def test_a_command_that_does_not_exist_exits_2(capsys):

@@ -9,12 +9,14 @@ import textwrap
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import dcache
-from dcache import CachePolicy, Comparison, Plan, UsageError, compare, load_model
+from dcache import CachePolicy, Comparison, Plan, UsageError, compare, generate, load_model
 from dcache.compare import Experiment, Memory, Run
+from dcache.plugins import make_policy
 from dcache.results import FILE, Result, read_results
 from dcache.tasks.base import Problem, Task
 
@@ -71,6 +73,51 @@ def test_a_policy_that_is_listed_twice_is_refused_however_it_is_written(policies
 def test_a_policy_is_called_by_the_knobs_that_differ_from_the_defaults():
     names = list(Experiment(["elastic(window=none,gamma=0.5)", "dkv(interval=8)"], Words()).policies)
     assert names == ["none", "elastic(gamma=0.5)", "dkv"]
+
+
+def test_one_text_is_a_list_of_policies():
+    listed = Experiment(["elastic(window=8,gamma=0.5)", "dkv"], Words())
+    assert list(Experiment("elastic(window=8,gamma=0.5),dkv", Words()).policies) == list(listed.policies)
+    assert list(Experiment("dkv", Words()).policies) == ["none", "dkv"]
+    assert list(Experiment(make_policy("dkv"), Words()).policies) == ["none", "dkv"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"policies": None}, "policies is None; give a list"),
+        ({"policies": [None]}, "a policy is None; give a name"),
+        ({"policies": [type(make_policy("dkv"))]}, "or an instance of CachePolicy"),
+        ({"task": 5}, "task is 5; give a name, such as 'gsm-mini', or an instance"),
+        ({"task": Words}, "or an instance of Task"),
+    ],
+)
+def test_what_is_no_policy_or_task_is_refused_saying_what_is_accepted(arguments, said):
+    with pytest.raises(UsageError, match=said):
+        Experiment(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "policy", "said"),
+    [
+        (None, "none", "prompts is None; give a text, or a list of texts or of token-id lists"),
+        ([5], "none", "a prompt is 5; give a text"),
+        (np.array([[[1, 2]]]), "none", "a prompt is array"),
+        ([np.array([0.5])], "none", "which is no token id"),
+        ([np.array([-1])], "none", "which is no token id"),
+        ("a", None, "a policy is None; give a name, a call"),
+        ("a", type(make_policy("dkv")), "or an instance of CachePolicy"),
+    ],
+)
+def test_what_is_no_prompt_or_policy_is_refused_saying_what_is_accepted(model, prompts, policy, said):
+    with pytest.raises(UsageError, match=said):
+        generate(model, prompts, policy, **SMALL)
+
+
+def test_token_ids_may_be_integers_of_numpy(model):
+    (expected,) = generate(model, [[3, 4]], **SMALL)
+    for prompts in ([[np.int64(3), np.uint8(4)]], [np.array([3, 4])], np.array([[3, 4]])):
+        assert generate(model, prompts, **SMALL)[0].canvas == expected.canvas
 
 
 def test_mistakes_show_before_a_model_is_loaded():
@@ -253,6 +300,14 @@ def test_results_of_other_conditions_are_refused_naming_the_first_difference(mod
     assert said in str(caught.value)
     assert "choose another directory" in str(caught.value)
     assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_conditions_bind_only_once_a_result_exists(model, tmp_path):
+    Run(Experiment([], Words("Ann"), seed=1, **SMALL), model, tmp_path).file.close()  # as if it failed before a result
+    compare(model, [], Words("Ann"), out=tmp_path, **SMALL)
+    conditions, results, _ = read_results(tmp_path / FILE)
+    assert [entry.seed for entry in conditions] == [0]
+    assert len(results) == 1
 
 
 def test_other_weights_under_the_same_name_are_refused(model, tmp_path):

@@ -65,6 +65,10 @@ def _parse(line: str, where: str, default_id: str) -> Problem:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UsageError(f"{where}, column {error.colno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise UsageError(f"{where}: not valid JSON: it is nested too deeply") from None
+    except ValueError:  # Python reads no integer beyond a few thousand digits
+        raise UsageError(f"{where}: not valid JSON: a number has too many digits; write it as a string") from None
     if not isinstance(record, dict):
         raise UsageError(f'{where}: expected an object such as {{"prompt": "..."}}, found {_kind(record)}')
     if unknown := sorted(set(record) - set(KEYS)):
@@ -80,7 +84,19 @@ def _parse(line: str, where: str, default_id: str) -> Problem:
         raise UsageError(f"{where}: 'answer' must be a string or a number, found {_kind(answer)}")
     if not isinstance(name, str):
         raise UsageError(f"{where}: 'id' must be a string, found {_kind(name)}")
+    for key, value in (("prompt", prompt), ("answer", str(answer)), ("id", name)):
+        _check_unicode(value, f"{where}: {key!r}")
     return Problem(name, prompt, None if answer is None else str(answer))
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """JSON can spell half of a surrogate pair, which is no character and cannot be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where} holds a lone surrogate, {text[error.start]!a}, at character {error.start + 1}; remove it"
+        ) from None
 
 
 def _kind(value: object) -> str:

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,15 @@ def test_a_message_may_hold_the_character_that_marks_cuts() -> None:
     ids = TOKENIZER.chat(user("\ue000<|eot_id|>\ue001"))
     assert ids.count(125) == 1
     assert TOKENIZER.encode("\ue000", specials=False) == TOKENIZER.encode("\ue000")
+
+
+@pytest.mark.parametrize("specials", [False, True])
+def test_a_lone_surrogate_is_refused_saying_where(specials: bool) -> None:
+    expected = re.escape(r"the text holds a lone surrogate, '\ud800', at character 2")
+    with pytest.raises(UsageError, match=expected):
+        TOKENIZER.encode("a\ud800b", specials=specials)
+    with pytest.raises(UsageError, match=expected):
+        TOKENIZER.chat(user([{"type": "text", "text": "a\ud800b"}]), specials=specials)
 
 
 def test_nested_content_is_cut_too(draft: Draft) -> None:

@@ -60,6 +60,11 @@ def test_a_prompt_without_an_answer_is_not_scored(tmp_path):
         ('{"prompt": "a", "answer": [4]}', "line 2: 'answer' must be a string or a number, found a list"),
         ('{"prompt": "a", "id": 3}', "line 2: 'id' must be a string, found a number"),
         ('{"prompt": "a", "id": "line-1"}', "line 2: id 'line-1' is taken"),
+        ("[" * 200_000, "line 2: not valid JSON: it is nested too deeply"),
+        ('{"prompt": "a", "answer": ' + "1" * 5000 + "}", "line 2: not valid JSON: a number has too many digits"),
+        (r'{"prompt": "a\ud800"}', r"line 2: 'prompt' holds a lone surrogate, '.ud800', at character 2"),
+        (r'{"prompt": "a", "answer": "\udfff"}', "line 2: 'answer' holds a lone surrogate"),
+        (r'{"prompt": "a", "id": "\udfff"}', "line 2: 'id' holds a lone surrogate"),
     ],
 )
 def test_a_bad_line_is_refused_with_its_file_and_place(tmp_path, line, message):
