@@ -208,10 +208,10 @@ class Run:
     def __iter__(self) -> Iterator[list[Result]]:
         """Decode what is missing; yields the results of one batch under one policy once they are written."""
         try:
-            missing = [*self._missing()]
-            for name in dict.fromkeys(name for _, name, _ in missing):
-                self._warm_up(name)
-            for repeat, name, indices in missing:
+            for name in self.runners:
+                if any(name == lacking for _, lacking, _ in self._missing()):
+                    self._warm_up(name)
+            for repeat, name, indices in self._missing():  # lazily: there may be very many
                 results = self._decode(repeat, name, indices)
                 if self.file is not None:
                     self.file.write(results)

@@ -6,12 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dcache.unmasking.base import Sampling
+from dcache.unmasking.base import MOST, Sampling
 
 DEFAULT_GEN_LENGTH = 96
 DEFAULT_POLICIES = ("elastic", "dkv")
-LARGEST = 2**31 - 1
-"""Of lengths and counts: far above any real one, and safe in every integer of numpy and torch."""
 
 
 class DecodeSettings(Sampling):
@@ -20,13 +18,13 @@ class DecodeSettings(Sampling):
     gen_length: int | None = Field(
         None,
         ge=1,
-        le=LARGEST,
+        le=MOST,
         description=f"rows to generate after the prompt; none: the task's, or {DEFAULT_GEN_LENGTH}",
     )
     block_length: int | None = Field(
         32,
         ge=1,
-        le=LARGEST,
+        le=MOST,
         description="rows of a semi-autoregressive block, decoded left to right; none: one block. Without it, a "
         "gen_length below the default is one block",
     )
@@ -35,7 +33,7 @@ class DecodeSettings(Sampling):
         description="which masked rows a step commits, e.g. threshold(threshold=0.9); 'paired' takes the unmasker of "
         "each policy's own paper",
     )
-    batch_size: int = Field(1, ge=1, le=LARGEST, description="prompts decoded together")
+    batch_size: int = Field(1, ge=1, le=MOST, description="prompts decoded together")
 
     @model_validator(mode="before")
     @classmethod
@@ -60,8 +58,8 @@ class CompareSettings(BaseModel):
     task: str = Field("gsm-mini", description="task whose problems are decoded")
     split: str = Field("test", description="split of the task")
     limit: int | None = Field(
-        12, ge=1, le=LARGEST, description="number of problems, from the first on; none: the whole split"
+        12, ge=1, le=MOST, description="number of problems, from the first on; none: the whole split"
     )
     repeats: int = Field(
-        1, ge=1, le=LARGEST, description="times that everything is decoded; 2 or more give tok/s a spread"
+        1, ge=1, le=MOST, description="times that everything is decoded; 2 or more give tok/s a spread"
     )

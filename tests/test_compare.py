@@ -140,6 +140,14 @@ def test_a_repeat_begins_with_another_policy_than_the_one_before(model):
     assert [name for _, name in keys(run)] == ["none", "dkv", "dkv", "none", "dkv", "none", "none", "dkv"]
 
 
+def test_a_comparison_of_very_many_texts_begins_at_once(model):
+    run = Run(Experiment(["dkv"], Words("Ann"), repeats=10_000, **SMALL), model)
+    asked, missing = [], run._missing
+    run._missing = lambda: (asked.append(entry) or entry for entry in missing())
+    next(iter(run))
+    assert len(asked) == 1 + 2 + 1  # one look for each policy's warm-up, and the first batch
+
+
 def test_every_policy_is_warmed_up_before_the_clock_is_read(model):
     seen = []
 
