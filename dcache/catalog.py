@@ -13,7 +13,7 @@ from dcache.calls import write_value
 from dcache.plugins import BUILT_IN, Registry, plugins
 from dcache.policy import CachePolicy
 from dcache.text import printable
-from dcache.unmasking.base import Unmasker
+from dcache.unmasking.base import MOST, Unmasker
 
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -67,7 +67,8 @@ def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
         return ", ".join(_text(value) for value in field["enum"])
     if "const" in field:
         return _text(field["const"])
-    bounds = [f"{sign} {field[key]:g}" for key, sign in BOUNDS.items() if key in field]
+    told = {key: sign for key, sign in BOUNDS.items() if key in field and field[key] < MOST}  # MOST is no limit in use
+    bounds = [f"{sign} {field[key]:g}" for key, sign in told.items()]
     kind = {"null": "none", "boolean": "true or false", "string": "word"}.get(field.get("type", ""), field.get("type"))
     return " ".join([str(kind), ", ".join(bounds)]).strip()
 
