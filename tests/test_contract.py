@@ -505,6 +505,11 @@ def test_a_review_of_a_finished_sequence_is_refused() -> None:
         decode(engine, State(MODEL.spec, PROMPTS, [8, 4]))
 
 
+def test_a_review_that_returns_no_plan_is_refused() -> None:
+    with pytest.raises(PolicyError, match="review returned a bool, expected a Plan"):
+        run(planning(Plan.all, review=lambda self, state, plan, seen: True))
+
+
 class Greedy(Threshold):
     """Commits everything that was predicted, its window or not."""
 

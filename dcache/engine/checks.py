@@ -53,6 +53,8 @@ class Checks:
         self._start(plan, second)
         self._flags(plan, second)
         self._visible(plan)
+        if second:
+            self._finished(plan)
 
     def _masks(self, plan: Plan) -> None:
         shape = self.state.valid.shape
@@ -157,7 +159,7 @@ class Checks:
                 "not predicted, because the rows that predict them (State.needed) did not reach the last layer"
             )
 
-    def second(self, plan: Plan) -> None:
+    def _finished(self, plan: Plan) -> None:
         """A review computes rows of active sequences alone."""
         idle = plan.row_mask.any(1) & ~self.state.active
         if idle.any():

@@ -167,7 +167,6 @@ class Engine:
 
     def rerun(self, plan: Plan, ask: Ask, seen: Seen) -> Seen:
         """The second pass of a reviewed step: what the first found for other rows and layers stays."""
-        self.checks.second(plan)
         return self._run(plan, ask, second=True, reports=seen.reports)
 
     def _zeros(self) -> Ints:
