@@ -9,6 +9,7 @@ stripped: dcache runs sequences of different lengths, each from slot 0.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -115,7 +116,7 @@ def close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(ABC):
     """One recorded run.
 
     Attributes:
@@ -144,13 +145,13 @@ class Case:
         return load_file(file) if file.exists() else {}
 
     @property
+    @abstractmethod
     def unsupported(self) -> str | None:
         """Why this case cannot run with what is installed; None if it can."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self) -> None:
         """Run the case and compare; raises AssertionError naming the step."""
-        raise NotImplementedError
 
     def model(self, folder: Path, mask_id: int, end_ids: tuple[int, ...]) -> Model:
         """The tiny model with the ids that this case uses."""
