@@ -369,7 +369,7 @@ def _noise(conditions: Conditions, rows: Sequence[Standing]) -> list[str]:
             doubtful.append((row.policy, abs(p - q), math.ceil(variance * (Z / (p - q)) ** 2)))
     if not doubtful:
         return []
-    gaps = ", ".join(f"{name} by {100 * gap:.0f} points" for name, gap, _ in doubtful)
+    gaps = ", ".join(f"{name} by {100 * gap:.{1 if gap < 0.02 else 0}f} points" for name, gap, _ in doubtful)
     return [
         f"accuracy differs from that of {rows[0].policy} ({gaps}), but on {rows[0].n_scored} problems that is within "
         f"noise. About {max(need for *_, need in doubtful)} would show a difference of this size: raise --limit."
