@@ -157,7 +157,8 @@ def watch(run: Run) -> None:
                 bar.update(task, completed=len(run.results))
         return
     kept = f"; {len(run.results)} of {total} texts are there already" if run.results else ""
-    note(f"comparing {names} on {len(run.experiment.problems)} problems{kept}")
+    n = len(run.experiment.problems)
+    note(f"comparing {names} on {n} problem{'s' * (n != 1)}{kept}")
     last = time.monotonic()
     for _ in run:
         if time.monotonic() - last > REPORT_EVERY_S:

@@ -84,7 +84,10 @@ class State:
         gen = np.broadcast_to(np.asarray(gen_length, dtype=np.int64), (batch,)).copy()
         total = lengths + gen
         self._check(spec, lengths, gen, block_length)
-        slots = int(total.max()) if slots is None else slots
+        longest = int(total.max())
+        if slots is not None and slots < longest:
+            raise UsageError(f"slots is {slots}, but the longest sequence has {longest} positions; leave it out")
+        slots = longest if slots is None else slots
         place = np.arange(slots)
         self.spec = spec
         self.ids = np.arange(batch, dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)

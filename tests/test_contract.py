@@ -24,6 +24,7 @@ from dcache import (
     Seen,
     State,
     UnmaskerError,
+    UsageError,
 )
 from dcache.decode import decode
 from dcache.engine import Engine
@@ -503,6 +504,17 @@ def test_a_review_of_a_finished_sequence_is_refused() -> None:
     engine = Engine(MODEL, Late(), LowConfidence())
     with pytest.raises(PolicyError, match="review returned rows for sequence 1, which is finished"):
         decode(engine, State(MODEL.spec, PROMPTS, [8, 4]))
+
+
+def test_a_canvas_that_is_narrower_than_its_sequences_is_refused() -> None:
+    with pytest.raises(UsageError, match="slots is 5, but the longest sequence has 15 positions"):
+        State(MODEL.spec, PROMPTS, 8, slots=5)
+
+
+def test_slots_behind_the_longest_sequence_change_nothing() -> None:
+    for policy in (NoCache(), DKVCache(interval=4), ElasticCache()):
+        trace = decode(Engine(MODEL, policy, LowConfidence(), debug=True), State(MODEL.spec, PROMPTS, 8, slots=64))
+        assert commits(trace) == commits(run(policy)[0])
 
 
 def test_a_review_that_returns_no_plan_is_refused() -> None:

@@ -181,7 +181,7 @@ class LoopCase(Case):
             return f"method {method!r} is not installed"
         if s.get("cfg_scale"):
             return "classifier-free guidance is not part of dcache yet"
-        other = sorted(k for k in set(s) - known if s[k] not in (None, False))
+        other = sorted(k for k in set(s) - known if s[k] not in (None, False) and (k, s[k]) != ("alg", "maskgit_plus"))
         if other:
             return f"settings {other} need an unmasker that is not installed"
         if self.data.get("strategy", "vanilla") != "vanilla":
