@@ -99,6 +99,9 @@ class Runner:
         self.policy = policy_of(policy)
         self._check_model()
         self.unmasker = unmasker_of(self.policy, settings) if unmasker is None else unmasker
+        reason = self.unmasker.refuses(model.spec) or self.policy.refuses(model.spec, self.unmasker)
+        if reason is not None:
+            raise UsageError(f"policy {self.policy.name or self.policy!r} cannot run like this: {reason}")
         self.engine = Engine(model.transformer, self.policy, self.unmasker, maps=maps, executor=executor)
 
     def _check_model(self) -> None:

@@ -24,6 +24,7 @@ from dcache.state import Seen, State
 if TYPE_CHECKING:
     from dcache.engine.layer import Layer
     from dcache.engine.network import Network
+    from dcache.unmasking.base import Unmasker
 
 
 class PolicyConfig(BaseModel):
@@ -102,6 +103,13 @@ class CachePolicy(ABC):
         """Stores beside K and V, name to width; "H" (layer input) and "Q" (rotated queries) fill themselves."""
         return {}
 
+    def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:
+        """Why this configuration makes no sense with a model or an unmasker, as a sentence; None if it does.
+
+        Asked before anything is decoded; the caller gets a `UsageError` with the sentence.
+        """
+        return None
+
     def begin(self, net: Network, state: State) -> None:  # noqa: B027 - most policies remember nothing
         """Host, once per batch: forget the past, allocate device tensors. Nothing survives between requests."""
 
@@ -143,6 +151,10 @@ class Filter(CachePolicy):
     def stores(self, spec: ModelSpec) -> dict[str, int]:
         """Those of the inner policy."""
         return self.inner.stores(spec)
+
+    def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:
+        """What the inner policy refuses."""
+        return self.inner.refuses(spec, unmasker)
 
     def begin(self, net: Network, state: State) -> None:
         """Begin the inner policy."""

@@ -62,6 +62,8 @@ class State:
         prompt: (batch, slots) bool: the slot is prompt.
         masked: (batch, slots) bool: still to decode. A list of its own, not ``tokens == mask_id``: rows dropped
             behind an end-of-text hold the mask and are not decoded, and a model may predict the mask id.
+        known: (batch, slots) bool: prompt, or committed and not put back; rows dropped undecoded are neither masked
+            nor known.
         changed: (batch, slots) bool: token written by the previous step (committed or re-masked).
         window: (batch, slots) bool: what the unmasker may commit in this step.
         block: (batch, slots) bool: current block, decoded rows included.
@@ -99,6 +101,7 @@ class State:
         for b, ids_ in enumerate(prompts):
             self.tokens[b, : len(ids_)] = ids_
         self.masked: Bools = self.valid & ~self.prompt
+        self.known: Bools = self.prompt.copy()
         self.changed: Bools = np.zeros_like(self.valid)
         self.window: Bools = np.zeros_like(self.valid)
         self.step: Ints = np.zeros(batch, dtype=np.int64)
@@ -189,6 +192,7 @@ class State:
         self.tokens = np.where(update.commit, update.tokens, self.tokens)
         self.tokens = np.where(update.remask, self.spec.mask_id, self.tokens)
         self.masked = (self.masked & ~update.commit & ~update.drop) | update.remask
+        self.known = (self.known | update.commit) & ~update.remask
         self.step = self.step + active
         self.seen = seen
         if not self._own_blocks:

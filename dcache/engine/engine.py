@@ -330,6 +330,7 @@ class Engine:
             mask_id=spec.mask_id,
             eos_id=spec.eos_id,
             end_ids=spec.end_ids,
+            lanes=torch.arange(self.state.batch, device=where.device),
             flags={name.removeprefix("ask "): x for name, x in side.items() if name.startswith("ask ")},
         )
         picks = self.unmasker.pick(logits, asked)

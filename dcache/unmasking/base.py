@@ -20,6 +20,7 @@ from torch import Tensor
 from dcache.arrays import Bools, Ints, first, leftmost
 from dcache.kernels.confidence import best_token, confidence_of
 from dcache.kernels.noise import uniform
+from dcache.models.transformer import ModelSpec
 from dcache.state import Seen, State
 
 if TYPE_CHECKING:
@@ -58,6 +59,21 @@ class Sampling(BaseModel):
         description="commit end-of-text and end-of-turn last (LLaDA's confidence_eos_eot_inf); 'published' keeps the "
         "released code's slip, which at temperature > 0 holds back end-of-turn alone",
     )
+    confidence: Literal["plain", "filtered"] = Field(
+        "plain",
+        description="probability of the candidate under the plain softmax (LLaDA), or after temperature, top_p and "
+        "top_k (Dream)",
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="draw from the likeliest tokens that together hold this probability; none: all"
+    )
+    top_k: int | None = Field(None, ge=1, le=MOST, description="draw from this many likeliest tokens; none: all")
+    guidance: float = Field(
+        0.0,
+        ge=0,
+        description="classifier-free guidance (LLaDA's cfg_scale): u + (1 + guidance) * (c - u), u from a second "
+        "sequence whose prompt is masked; twice the rows. 0 is off",
+    )
     after_end: Literal["decode", "drop", "drop-once"] = Field(
         "drop",
         description="masked rows behind a committed end of the text, where the output is cut: drop them, decode them "
@@ -77,6 +93,9 @@ class Ask:
             position: (batch, w).
         commits: (batch,) bool: at least one commit is due; None where the window holds something. A schedule may
             ask for none in a step.
+        shadow: positions whose token should also be predicted as if it were masked: each gets a row that holds the
+            mask, sees every visible key but that of its own position, and is seen by shadow rows alone (WINO, arXiv
+            2507.18578). They read the keys that the pass leaves in the store, whatever the policy.
     """
 
     window: Bools
@@ -84,6 +103,7 @@ class Ask:
     read: Bools | None = None
     flags: Mapping[str, np.ndarray] = field(default_factory=dict)
     commits: Bools | None = None
+    shadow: Bools | None = None
 
     @property
     def due(self) -> Bools:
@@ -105,6 +125,11 @@ class Asked:
         mask_id: the mask token, never a candidate.
         eos_id: end-of-text.
         end_ids: all ids that end a text.
+        lanes: (batch,) int64 number of each sequence in the batch that `Unmasker.begin` saw. A pass runs the sequences
+            that take part in it, so its batch may be smaller; index device tensors of your own by
+            ``x[at.lanes[:, None], at.where]``.
+        shadow: (batch, k) int64 shadow positions, padded with the dump slot; None if none were asked for.
+        shadow_logits: (batch, k, vocab) their logits.
         flags: those of `Ask`.
     """
 
@@ -116,7 +141,10 @@ class Asked:
     mask_id: int
     eos_id: int
     end_ids: tuple[int, ...]
+    lanes: Tensor
     flags: Mapping[str, Tensor]
+    shadow: Tensor | None = None
+    shadow_logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -246,8 +274,12 @@ class Unmasker(ABC):
         self.noise = Noise(self.sampling.seed) if noise is None else noise
         self._ended: Bools | None = None
 
+    def refuses(self, spec: ModelSpec) -> str | None:
+        """Why this unmasker makes no sense on a model, as a sentence; None if it does."""
+        return None
+
     def begin(self, net: Network, state: State) -> None:
-        """Host, once per batch: forget the past."""
+        """Host, once per batch: forget the past; allocate device tensors with `net.buffer`."""
         self._ended = None
 
     @abstractmethod

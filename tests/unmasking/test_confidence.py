@@ -27,7 +27,8 @@ def go(unmasker: Unmasker, gen: int = 12, block: int | None = None, prompt: int 
 def asked(w: int = 2) -> Asked:
     one = torch.ones(1, w, dtype=torch.bool)
     zero = torch.zeros(1, 1, dtype=torch.int64)
-    return Asked(torch.arange(w)[None], one, one, zero, zero, SPEC.mask_id, SPEC.eos_id, SPEC.end_ids, {})
+    ids = (SPEC.mask_id, SPEC.eos_id, SPEC.end_ids)
+    return Asked(torch.arange(w)[None], one, one, zero, zero, *ids, lanes=zero[0], flags={})
 
 
 @given(n=st.integers(1, 12), s=st.integers(1, 15), blocks=st.sampled_from([1, 2, 3]))

@@ -1,0 +1,39 @@
+"""Recorded runs of the published methods, and the check that dcache reproduces them.
+
+One module per folder of ``tests/golden``: it knows how the settings of that recording are written as a policy and an
+unmasker. `cases` finds the runs below a folder; each checks itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from dcache.testing.golden.base import Case
+from dcache.testing.golden.dkv import DKVCase
+from dcache.testing.golden.elastic import ElasticCase
+from dcache.testing.golden.loop import NoCacheCase
+
+METHODS: dict[str, type[Case]] = {
+    "none": NoCacheCase,
+    "dkv-cache-decode": DKVCase,
+    "dkv-cache-greedy": DKVCase,
+    "dkv-cache-prefill": DKVCase,
+    "dkv-cache-pd": DKVCase,
+    "elastic-cache": ElasticCase,
+}
+"""Recorded method to the class that checks it."""
+
+
+def cases(root: Path) -> Iterator[Case]:
+    """All recorded runs below `root`, in order of path; those of methods that are not listed are left out."""
+    for file in sorted(root.rglob("*.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or "steps" not in data or "settings" not in data:
+            continue
+        if (kind := METHODS.get(data["method"])) is not None:
+            yield kind(file, data)
+
+
+__all__ = ["METHODS", "Case", "cases"]

@@ -1,0 +1,155 @@
+"""What all recorded runs share: reading a case, the model it was recorded on, the comparison.
+
+A golden folder holds one JSON file per case beside a safetensors file of the same name with logits, and the weights of
+the tiny model they were recorded on, in the published format. Integers (rows, commits, tokens, layers) must be equal at
+every step; floats within the tolerance that the folder states. Left padding, which a recorded batch may have, is
+stripped: dcache runs sequences of different lengths, each from slot 0.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dcache.models.loading import Model
+from dcache.plugins import load_model, plugins
+from dcache.state import State
+from dcache.unmasking.base import Ask, Asked, Noise, Picks, Unmasker
+
+LOGITS_TOLERANCE = 2e-4  # absolute, float32; recorded logits reach about 20
+CONFIDENCE_TOLERANCE = 1e-4
+SIMILARITY_TOLERANCE = 2e-5
+
+
+@lru_cache(maxsize=8)
+def _weights(folder: Path) -> Model:
+    return load_model(folder, device="cpu", dtype=torch.float32)
+
+
+class Replayed(Noise):
+    """The random numbers of a recorded run: drawn from torch's generator in the order and shapes of that program."""
+
+    def __init__(self, seed: int, batch: int, slots: int, vocab: int, temperature: bool, positions: bool):
+        super().__init__(seed)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._size = (batch, slots, vocab)
+        self._temperature, self._positions = temperature, positions
+        self._drawn: list[tuple[Tensor | None, Tensor | None]] = []
+
+    def _at(self, step: int) -> tuple[Tensor | None, Tensor | None]:
+        while len(self._drawn) <= step:
+            tokens = positions = None
+            if self._temperature:
+                tokens = torch.rand(self._size, dtype=torch.float64, generator=self._generator)
+            if self._positions:
+                positions = torch.rand(self._size[:2], generator=self._generator)
+            self._drawn.append((tokens, positions))
+        return self._drawn[step]
+
+    def tokens(self, at: Asked, vocab: int) -> Tensor:
+        """The recorded draw of this step."""
+        drawn = self._at(int(at.step.max()))[0]
+        assert drawn is not None
+        where = at.where.clamp_max(drawn.shape[1] - 1)
+        return drawn.gather(1, where[..., None].expand(*where.shape, vocab))
+
+    def positions(self, at: Asked) -> Tensor:
+        """The recorded draw of this step."""
+        drawn = self._at(int(at.step.max()))[1]
+        assert drawn is not None
+        return drawn.gather(1, at.where.clamp_max(drawn.shape[1] - 1))
+
+
+class Watched(Unmasker):
+    """An unmasker that also reads every computed row and keeps the logits of each step."""
+
+    def __init__(self, inner: Unmasker):
+        super().__init__(inner.config, inner.sampling, inner.noise)
+        self.inner = inner
+        self.logits: list[dict[int, dict[int, Tensor]]] = []  # step -> sequence -> position -> (vocab,)
+
+    def begin(self, net: Any, state: State) -> None:
+        """Begin the inner unmasker."""
+        super().begin(net, state)
+        self.inner.begin(net, state)
+        self.logits = []
+
+    def ask(self, state: State) -> Ask:
+        """Read everything; the window stays."""
+        self.logits.append({b: {} for b in range(state.batch)})
+        return replace(self.inner.ask(state), read=state.valid)
+
+    def pick(self, logits: Tensor, at: Asked) -> Picks:
+        """Keep the logits of computed rows; a second pass overwrites the first."""
+        for b, i in at.predicted.nonzero().tolist():
+            self.logits[-1][b][int(at.where[b, i])] = logits[b, i]
+        return self.inner.pick(logits, at)
+
+
+def equal(what: str, found: object, expected: object) -> None:
+    """Assert equality with a message that says where."""
+    assert found == expected, f"{what}: found {found}, expected {expected}"
+
+
+def close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Assert closeness where `expected` is finite, with a message that says where; NaN never passes."""
+    told = expected.isfinite()  # a record of logits after a suppression holds -inf
+    worst = float((found - expected)[told].abs().nan_to_num(float("inf")).max()) if told.any() else 0.0
+    assert worst <= tolerance, f"{what}: off by {worst:.3g}, allowed {tolerance:.3g}"
+
+
+@dataclass(frozen=True)
+class Case(ABC):
+    """One recorded run.
+
+    Attributes:
+        file: its JSON file.
+        data: the content.
+    """
+
+    file: Path
+    data: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Folder and file, for test ids."""
+        return f"{self.file.parent.name}/{self.file.stem}"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Arguments of the recorded call."""
+        settings: Mapping[str, Any] = self.data["settings"]
+        return settings
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """What was recorded beside the JSON."""
+        file = self.file.with_suffix(".safetensors")
+        return load_file(file) if file.exists() else {}
+
+    @property
+    def unsupported(self) -> str | None:
+        """Why this case cannot run with what is installed; None if it can."""
+        family = str(self.data["model"]).replace("_", "-").split("-")[0]
+        known = plugins().models.entries
+        return None if family in known else f"model family of {self.data['model']!r} is not installed"
+
+    @abstractmethod
+    def check(self) -> None:
+        """Run the case and compare; raises AssertionError naming the step."""
+
+    def model(self, folder: Path, mask_id: int, end_ids: tuple[int, ...]) -> Model:
+        """The tiny model with the ids that this case uses."""
+        model = _weights(folder)
+        spec = replace(model.spec, mask_id=mask_id, eos_id=end_ids[0], end_ids=end_ids)
+        transformer = type(model.transformer)(spec)
+        transformer.load_state_dict(model.transformer.state_dict(), assign=True)
+        return replace(model, spec=spec, transformer=transformer)

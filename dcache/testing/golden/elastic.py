@@ -1,0 +1,96 @@
+"""Cases of the ``elastic`` folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dcache.decode import decode
+from dcache.engine import Engine
+from dcache.policies.elastic import ElasticCache
+from dcache.policies.none import NoCache
+from dcache.state import State
+from dcache.testing.golden.base import (
+    CONFIDENCE_TOLERANCE,
+    LOGITS_TOLERANCE,
+    SIMILARITY_TOLERANCE,
+    Case,
+    Watched,
+    close,
+    equal,
+)
+from dcache.trace import Step
+from dcache.unmasking.base import Sampling, Unmasker
+from dcache.unmasking.confidence import LowConfidence, Threshold
+
+
+class ElasticCase(Case):
+    """A case of the ``elastic`` folder."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the weights are: beside the case."""
+        return self.file.parent
+
+    def _unmasker(self) -> Unmasker:
+        s, sampling = self.settings, Sampling(after_end="drop-once")
+        if s["threshold"] is None:
+            return LowConfidence(sampling=sampling, tokens_per_step=s["tokens_per_iter"], window=s["window_length"])
+        return Threshold(sampling=sampling, threshold=s["threshold"], window=s["window_length"])
+
+    def check(self) -> None:
+        """Rows, picks, start layers, commits, drops, accounts, similarities, logits; and the uncached run."""
+        s = self.settings
+        model = self.model(self.folder, s["mask_id"], (s["eos_id"],))
+        prompts = [self.data["prompt_ids"]]
+        state = State(model.spec, prompts, s["gen_length"])
+        policy = ElasticCache(gamma=s["gamma"], track_num=s["track_num"], block_caching=s["block_caching"])
+        watched = Watched(self._unmasker())
+        engine = Engine(model.transformer, policy, watched, debug=True)
+        trace = decode(engine, state)
+        for step, recorded in zip(trace, self.data["steps"], strict=False):
+            self._compare_step(step, recorded)
+        equal("number of steps", len(trace), self.data["nfe"])
+        equal("final canvas", state.tokens[0].tolist(), self.data["final_sequence"])
+        self._compare_floats(trace, watched)
+        uncached = State(model.spec, prompts, s["gen_length"])
+        steps = decode(Engine(model.transformer, NoCache(), self._unmasker()), uncached)
+        reference = self.data["no_cache_reference"]
+        equal("without cache: final canvas", uncached.tokens[0].tolist(), reference["final_sequence"])
+        equal("without cache: number of steps", len(steps), reference["nfe"])
+
+    def _compare_step(self, step: Step, recorded: Mapping[str, Any]) -> None:
+        i, layers, total = recorded["step"], self.data["num_layers"], self.data["total_length"]
+        equal(f"step {i}: rows", np.flatnonzero(step.rows[0]).tolist(), sorted(set(recorded["query"])))
+        begun = -1 if i == 0 else layers if step.start is None else int(step.start[0])
+        equal(f"step {i}: first refreshed layer", begun, recorded["start_layer"])
+        dump = step.rows.shape[1]
+        picks = [sorted(set(row.tolist()) - {dump}) for row in step.reports["picks"][:, 0]]
+        equal(f"step {i}: picks by layer", picks, [sorted(row) for row in recorded["tracked_by_layer"]])
+        committed = dict(zip(recorded["committed"], recorded["tokens"], strict=True))
+        found = {int(p): int(step.tokens[0, p]) for p in np.flatnonzero(step.commit[0])}
+        equal(f"step {i}: commits", found, committed)
+        n_rows, begin = int(step.rows[0].sum()), max(begun, 0)
+        queried = [n_rows + (total if begun > 0 and layer >= begin else 0) for layer in range(layers)]
+        equal(f"step {i}: row-layers, both passes", step.row_layers[:, 0].tolist(), queried)
+        published = [total if layer >= begin else n_rows for layer in range(layers)]
+        equal(f"step {i}: row-layers as published", published, recorded["rows_per_layer"])
+
+    def _compare_floats(self, trace: list[Step], watched: Watched) -> None:
+        for step, recorded, logits in zip(trace, self.data["steps"], watched.logits, strict=True):
+            i = recorded["step"]
+            for layer, value in enumerate(recorded["similarity"]):
+                if value is not None:
+                    found = torch.tensor(float(step.reports["similarity"][layer, 0]))
+                    close(f"step {i}, layer {layer}: similarity", found, torch.tensor(value), SIMILARITY_TOLERANCE)
+            for position, value in zip(recorded["predict"], recorded["confidence"], strict=True):
+                found = torch.tensor(float(step.confidence[0, position]))
+                close(f"step {i}, row {position}: confidence", found, torch.tensor(value), CONFIDENCE_TOLERANCE)
+            positions = self.tensors.get(f"step_{i:03d}.positions")
+            if positions is not None:
+                kept = torch.stack([logits[0][p] for p in positions.tolist()])
+                close(f"step {i}: logits", kept, self.tensors[f"step_{i:03d}.logits"], LOGITS_TOLERANCE)

@@ -1,0 +1,94 @@
+"""Cases in the format of the published loops: rows, commits and logits of every step, per sequence."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import numpy as np
+import torch
+
+from dcache.decode import decode
+from dcache.engine import Engine
+from dcache.policies.none import NoCache
+from dcache.policy import CachePolicy
+from dcache.state import State
+from dcache.testing.golden.base import (
+    CONFIDENCE_TOLERANCE,
+    LOGITS_TOLERANCE,
+    Case,
+    Watched,
+    close,
+    equal,
+)
+from dcache.testing.golden.unmaskers import recorded_unmasker, unknown_settings
+from dcache.trace import Step
+
+
+class LoopCase(Case):
+    """A recorded decoding loop: a policy, and the unmasker that the settings describe."""
+
+    @property
+    def unsupported(self) -> str | None:
+        """Families, policies and unmaskers that are not installed."""
+        return super().unsupported or unknown_settings(self.data)
+
+    @property
+    def pads(self) -> list[int]:
+        """Left padding of each recorded sequence."""
+        mask = self.data.get("attention_mask")
+        return [0] * self.data["batch"] if mask is None else [row.index(1) for row in mask]
+
+    @abstractmethod
+    def policy(self) -> CachePolicy:
+        """The policy that was recorded."""
+
+    def check(self) -> None:
+        """Rows, commits and tokens of every step; logits where recorded; the final canvas."""
+        s = self.settings
+        ends = tuple(i for i in (s.get("eos_token_id"), s.get("eot_token_id")) if i is not None)
+        model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], ends or (126,))
+        prompts = [row[pad:] for row, pad in zip(self.data["prompt"], self.pads, strict=True)]
+        state = State(model.spec, prompts, s["gen_length"], s["block_length"])
+        watched = Watched(recorded_unmasker(self.data, state.slots, model.spec.vocab_size))
+        trace = decode(Engine(model.transformer, self.policy(), watched, debug=True), state)
+        self._compare_commits(trace)
+        for b, pad in enumerate(self.pads):
+            final = state.tokens[b, : state.lengths[b]].tolist()
+            equal(f"sequence {b}: final canvas", final, self.data["final"][b][pad:])
+        if "strategy" not in self.data:
+            self._compare_passes(trace, watched)
+
+    def _compare_commits(self, trace: list[Step]) -> None:
+        for b, pad in enumerate(self.pads):
+            recorded = [sorted((p - pad, t) for p, t in step["commit"][b]) for step in self.data["steps"]]
+            found = [[(int(p), int(s.tokens[b, p])) for p in np.flatnonzero(s.commit[b])] for s in trace]
+            if "strategy" in self.data:  # its sequences wait for each other at block ends: same steps, other numbers
+                recorded, found = [x for x in recorded if x], [x for x in found if x]
+            for i, (now, then) in enumerate(zip(found, recorded, strict=False)):
+                equal(f"step {i}, sequence {b}: commits", now, then)
+            equal(f"sequence {b}: number of steps", len(found), len(recorded))
+
+    def _compare_passes(self, trace: list[Step], watched: Watched) -> None:
+        for i, (step, recorded) in enumerate(zip(trace, self.data["steps"], strict=True)):
+            for b, pad in enumerate(self.pads):
+                total = len(self.data["final"][b])
+                rows = recorded["rows"][b] if "rows" in recorded else range(total)
+                computed = [p - pad for p in rows if p >= pad]
+                equal(f"step {i}, sequence {b}: rows", np.flatnonzero(step.rows[b]).tolist(), computed)
+                if (logits := self.tensors.get(f"logits.{i}")) is not None:
+                    for n, p in enumerate(p - pad for p in rows):
+                        if p >= 0:
+                            close(f"step {i}, row {p}", watched.logits[i][b][p], logits[b, n], LOGITS_TOLERANCE)
+                confidence = self.tensors["confidence"][i, b, pad:]
+                scored = confidence.isfinite() & torch.from_numpy(step.rows[b, : len(confidence)])
+                if self.settings.get("remasking") != "random":
+                    now = torch.from_numpy(step.confidence[b, : len(confidence)])
+                    close(f"step {i}: confidence", now[scored], confidence[scored], CONFIDENCE_TOLERANCE)
+
+
+class NoCacheCase(LoopCase):
+    """A case of the ``none`` folder."""
+
+    def policy(self) -> CachePolicy:
+        """No cache."""
+        return NoCache()
