@@ -68,6 +68,8 @@ class State:
             nor known.
         changed: (batch, slots) bool: token written by the previous step (committed or re-masked).
         window: (batch, slots) bool: what the unmasker may commit in this step.
+        order: (batch, slots) int64: place of each window row in the order of commits, for an unmasker that announces
+            them; otherwise left to right.
         block: (batch, slots) bool: current block, decoded rows included.
         step: (batch,) int64: steps done by this sequence.
         block_step: (batch,) int64: steps since its block began; 0 in the first pass of a block.
@@ -113,6 +115,7 @@ class State:
         self.known: Bools = self.prompt.copy()
         self.changed: Bools = np.zeros_like(self.valid)
         self.window: Bools = np.zeros_like(self.valid)
+        self.order: Ints = np.broadcast_to(place, self.valid.shape)
         self.step: Ints = np.zeros(batch, dtype=np.int64)
         self.block_step: Ints = np.zeros(batch, dtype=np.int64)
         self.block: Bools = np.zeros_like(self.valid)
@@ -187,6 +190,7 @@ class State:
             b, p = (int(i[0]) for i in np.nonzero(ask.window & ~self.masked))
             raise UnmaskerError(f"the window of sequence {b} holds position {p}, which is not masked")
         self.window = ask.window
+        self.order = np.broadcast_to(np.arange(self.slots), self.valid.shape) if ask.order is None else ask.order
         if ask.block is not None:  # blocks of the unmasker's own, from now on
             if not self._own_blocks:
                 self._own_blocks, self._block_start = True, np.full(self.batch, -1, dtype=np.int64)
