@@ -71,8 +71,8 @@ class DKVCache(CachePolicy):
         """Greedy computes the rows that are decoded now, so it must know them before the pass."""
         if self.config.variant == "greedy" and not unmasker.announces:
             return (
-                f"dkv(variant=greedy) computes the rows that a step decodes, and unmasker {unmasker.name!r} chooses them "
-                "after the pass; use one that fixes the order beforehand, such as random-order"
+                f"variant=greedy computes the rows that a step decodes, and unmasker {unmasker.name!r} chooses "
+                "them after the pass; use one that fixes the order beforehand, such as random-order"
             )
         return None
 

@@ -30,8 +30,7 @@ from pydantic import Field
 from dcache.policy import CachePolicy, Plan, PolicyConfig, State
 
 if TYPE_CHECKING:
-    from dcache.models.transformer import ModelSpec
-    from dcache.unmasking.base import Unmasker
+    pass
 
 
 class FastDLLM(CachePolicy):

@@ -52,7 +52,7 @@ class Ask:
             position: (batch, w).
         commits: (batch,) bool: at least one commit is due; None where the window holds something. A schedule may
             ask for none in a step.
-        order: (batch, slots) int64: place of each window position in the order of commits, if that is settled
+        order: (batch, slots) int64: place of each window position in the order of commits, where that is settled
             beforehand (see `Unmasker.announces`); None is left to right.
         shadow: positions whose token should also be predicted as if it were masked: each gets a row that holds the
             mask, sees every visible key but that of its own position, and is seen by shadow rows alone (WINO, arXiv
