@@ -279,6 +279,11 @@ class Unmasker(ABC):
         self.noise = Noise(self.sampling.seed) if noise is None else noise
         self._ended: Bools | None = None
 
+    @property
+    def first_alone(self) -> bool:
+        """The first pass of a block commits the block's first position and nothing else (Fast-dLLM for Dream)."""
+        return False
+
     def refuses(self, spec: ModelSpec) -> str | None:
         """Why this unmasker makes no sense on a model, as a sentence; None if it does."""
         return None
