@@ -64,7 +64,8 @@ class FastDLLM(CachePolicy):
         if self.config.rows == "block" and spec.shift and not unmasker.first_alone:
             return (
                 "rows=block leaves the first position of a block without a predictor after the block's first pass, and "
-                f"unmasker {unmasker.name!r} does not commit it, alone, in that pass; use rows=predicting"
+                f"unmasker {unmasker.name!r} does not commit it, alone, in that pass; use rows=predicting, or an "
+                "unmasker with first=alone"
             )
         return None
 
