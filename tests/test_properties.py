@@ -21,7 +21,8 @@ from dcache.testing.recorder import Recorder
 from dcache.trace import Step, Trace
 
 POLICIES = ["none", "elastic", "elastic(gamma=0.99,track_num=3)", "elastic(block_caching=false)", "dkv(interval=4)"]
-POLICIES += ["elastic(variant=paper,window=6)", "dkv(interval=100)"]
+POLICIES += ["elastic(variant=paper,window=6)", "dkv(interval=100)", "dkv(variant=pd,interval=3,cacheable=un_right)"]
+POLICIES += ["dkv(variant=prefill)", "fast-dllm", "fast-dllm(mode=prefix)"]
 UNMASKERS = ["low-confidence", "low-confidence(tokens_per_step=2)", "threshold(threshold=0.3)", "random"]
 UNMASKERS += ["threshold(threshold=0.5,window=5)"]
 MODELS = {(seed, shift): random_model(seed, shift=shift) for seed in range(3) for shift in (0, 1)}
@@ -91,47 +92,6 @@ def test_elastic_on_one_layer_equals_no_cache(canvas: dict[str, Any], gamma: flo
     run = Run(canvas, f"elastic(gamma={gamma:.3f},track_num={track_num})", model=model).go()
     for b in range(run.state.batch):
         assert run.commits(b) == reference.commits(b)
-
-
-@given(canvas=canvases)
-def test_dkv_that_refreshes_every_step_equals_no_cache(canvas: dict[str, Any]) -> None:
-    reference, run = Run(canvas, "none").go(), Run(canvas, "dkv(interval=1)").go()
-    for b in range(run.state.batch):
-        assert run.commits(b) == reference.commits(b)
-
-
-@given(canvas=canvases, interval=st.integers(1, 9))
-def test_dkv_with_two_steps_per_block_equals_no_cache(canvas: dict[str, Any], interval: int) -> None:
-    canvas = canvas | {"unmask": "low-confidence(tokens_per_step=2)", "block_length": 4}
-    reference, run = Run(canvas, "none").go(), Run(canvas, f"dkv(interval={interval})").go()
-    for b in range(run.state.batch):
-        assert run.commits(b) == reference.commits(b)
-
-
-@given(canvas=canvases, interval=st.integers(1, 20))
-def test_dkv_on_one_layer_equals_no_cache(canvas: dict[str, Any], interval: int) -> None:
-    model = of_one_layer(canvas)
-    reference = Run(canvas, "none", model=model).go()
-    run = Run(canvas, f"dkv(interval={interval})", model=model).go()
-    for b in range(run.state.batch):
-        assert run.commits(b) == reference.commits(b)
-
-
-def test_dkv_without_its_delay_is_found_by_the_one_layer_property() -> None:
-    """The planted fault that the property above is for: reuse what was decoded by the very last commit."""
-
-    class NoDelay(type(make_policy("dkv"))):  # type: ignore[misc]
-        def plan(self, state: State) -> Any:
-            self.before = state.valid & ~state.masked
-            return super().plan(state)
-
-    canvas = {"seed": 0, "shift": 0, "lengths": [(5, 12)], "block_length": None, "unmask": "low-confidence"}
-    canvas |= {"after_end": "decode"}
-    model = of_one_layer(canvas)
-    assert (
-        Run(canvas, NoDelay(interval=100), model=model).go().commits()
-        != Run(canvas, "none", model=model).go().commits()
-    )
 
 
 def test_elastic_with_gamma_above_one_is_not_no_cache() -> None:
