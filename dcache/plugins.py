@@ -38,6 +38,7 @@ class BuiltIns:
     @hookimpl
     def register_policies(self, register: Register) -> None:
         """Cache policies."""
+        from dcache.policies.d2 import D2Cache
         from dcache.policies.dkv import DKVCache
         from dcache.policies.elastic import ElasticCache
         from dcache.policies.none import NoCache
@@ -45,6 +46,7 @@ class BuiltIns:
         register("none", NoCache)
         register("elastic", ElasticCache)
         register("dkv", DKVCache)
+        register("d2", D2Cache)
 
     @hookimpl
     def register_unmaskers(self, register: Register) -> None:

@@ -160,7 +160,7 @@ class D2Cache(CachePolicy):
         early = reads & ~border | state.changed
         nucleus = self._nucleus(state, state.valid & ~early)
         rows = (early | nucleus) & ~border | reads & border
-        return Selection(score, prior, early, nucleus, _inflate(rows, self.config.inflate_w))
+        return Selection(score, prior, early, nucleus, inflate(rows, self.config.inflate_w))
 
     def _prior(self, state: State) -> tuple[NDArray[np.float64], Bools]:
         """Stage 1 (section 3.2): score of every position, and M*."""
@@ -220,7 +220,7 @@ def _predicted(state: State, rows: Bools) -> Bools:
     return rows & state.masked
 
 
-def _inflate(rows: Bools, width: int) -> Bools:
+def inflate(rows: Bools, width: int) -> Bools:
     """Close gaps: whatever lies between two rows at most `width` apart."""
     place, far = np.arange(rows.shape[1]), rows.shape[1] + width + 1
     before = np.maximum.accumulate(np.where(rows, place, -far), axis=1)
