@@ -41,11 +41,13 @@ class BuiltIns:
         from dcache.policies.d2 import D2Cache
         from dcache.policies.dkv import DKVCache
         from dcache.policies.elastic import ElasticCache
+        from dcache.policies.fast_dllm import FastDLLM
         from dcache.policies.none import NoCache
 
         register("none", NoCache)
         register("elastic", ElasticCache)
         register("dkv", DKVCache)
+        register("fast-dllm", FastDLLM)
         register("d2", D2Cache)
 
     @hookimpl
