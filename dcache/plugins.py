@@ -53,11 +53,22 @@ class BuiltIns:
     @hookimpl
     def register_unmaskers(self, register: Register) -> None:
         """Unmaskers."""
-        from dcache.unmasking.confidence import LowConfidence, Random, Threshold
+        from dcache.unmasking.confidence import CertaintyPrior, Entropy, LowConfidence, Margin, Random, Threshold
+        from dcache.unmasking.order import LeftToRight, RandomOrder
+        from dcache.unmasking.origin import Origin
+        from dcache.unmasking.parallel import EntropyBounded, Factor
 
         register("low-confidence", LowConfidence)
-        register("threshold", Threshold)
+        register("margin", Margin)
+        register("entropy", Entropy)
         register("random", Random)
+        register("threshold", Threshold)
+        register("factor", Factor)
+        register("eb", EntropyBounded)
+        register("certainty-prior", CertaintyPrior)
+        register("origin", Origin)
+        register("random-order", RandomOrder)
+        register("ar", LeftToRight)
 
     @hookimpl
     def register_models(self, register: Register) -> None:

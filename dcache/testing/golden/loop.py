@@ -61,7 +61,7 @@ class LoopCase(Case):
         ends = tuple(i for i in (s.get("eos_token_id"), s.get("eot_token_id")) if i is not None)
         model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], ends or (126,))
         prompts = [row[pad:] for row, pad in zip(self.data["prompt"], self.pads, strict=True)]
-        state = State(model.spec, prompts, self.gen_length, s.get("block_length"))
+        state = State(model.spec, prompts, self.gen_length, s.get("block_length"), guided=bool(s.get("cfg_scale")))
         watched = Watched(recorded_unmasker(self.data, state.slots, model.spec.vocab_size))
         trace = decode(Engine(model.transformer, self.policy(), watched, debug=True), state)
         self._compare_commits(trace)
