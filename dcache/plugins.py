@@ -40,11 +40,13 @@ class BuiltIns:
         """Cache policies."""
         from dcache.policies.dkv import DKVCache
         from dcache.policies.elastic import ElasticCache
+        from dcache.policies.fast_dllm import FastDLLM
         from dcache.policies.none import NoCache
 
         register("none", NoCache)
         register("elastic", ElasticCache)
         register("dkv", DKVCache)
+        register("fast-dllm", FastDLLM)
 
     @hookimpl
     def register_unmaskers(self, register: Register) -> None:

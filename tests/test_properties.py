@@ -178,9 +178,9 @@ def watched_stores(run: Run) -> Iterator[list[int]]:
     checked: list[int] = []
     engine, inner = run.engine, run.engine._run
 
-    def watched(plan: Any, ask: Any, second: bool, reports: Any) -> Any:
+    def watched(plan: Any, ask: Any, earlier: Any) -> Any:
         before = {n: [x.clone() for x in engine.stores.tensors[n]] for n in "KV"}
-        seen = inner(plan, ask, second, reports)
+        seen = inner(plan, ask, earlier)
         for name, layers in before.items():
             for index, old in enumerate(layers):
                 begun = np.ones(run.state.batch, bool) if plan.start is None else plan.start <= index

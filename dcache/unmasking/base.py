@@ -93,6 +93,8 @@ class Ask:
             position: (batch, w).
         commits: (batch,) bool: at least one commit is due; None where the window holds something. A schedule may
             ask for none in a step.
+        order: (batch, slots) int64: place of each window position in the order of commits, where that is settled
+            beforehand (see `Unmasker.announces`); None is left to right.
         shadow: positions whose token should also be predicted as if it were masked: each gets a row that holds the
             mask, sees every visible key but that of its own position, and is seen by shadow rows alone (WINO, arXiv
             2507.18578). They read the keys that the pass leaves in the store, whatever the policy.
@@ -103,6 +105,7 @@ class Ask:
     read: Bools | None = None
     flags: Mapping[str, np.ndarray] = field(default_factory=dict)
     commits: Bools | None = None
+    order: Ints | None = None
     shadow: Bools | None = None
 
     @property
@@ -252,6 +255,8 @@ class Unmasker(ABC):
     """Name and distribution, for errors; set when the unmasker is registered."""
     paper: ClassVar[str] = ""
     """Where the rule comes from."""
+    announces: ClassVar[bool] = False
+    """The window of `ask` is exactly what the step commits, so a policy knows the picks before the pass."""
 
     config: UnmaskerConfig
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from dcache.testing.golden.base import Case
 from dcache.testing.golden.dkv import DKVCase
 from dcache.testing.golden.elastic import ElasticCase
+from dcache.testing.golden.fast_dllm import FastDLLMCase
 from dcache.testing.golden.loop import NoCacheCase
 
 METHODS: dict[str, type[Case]] = {
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Case]] = {
     "dkv-cache-prefill": DKVCase,
     "dkv-cache-pd": DKVCase,
     "elastic-cache": ElasticCase,
+    "fast_dllm": FastDLLMCase,
 }
 """Recorded method to the class that checks it."""
 
