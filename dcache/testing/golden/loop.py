@@ -61,7 +61,7 @@ class LoopCase(Case):
         ends = tuple(i for i in (s.get("eos_token_id"), s.get("eot_token_id")) if i is not None)
         model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], ends or (126,))
         prompts = [row[pad:] for row, pad in zip(self.data["prompt"], self.pads, strict=True)]
-        state = State(model.spec, prompts, self.gen_length, s.get("block_length"))
+        state = State(model.spec, prompts, self.gen_length, s.get("block_length"), guided=bool(s.get("cfg_scale")))
         watched = Watched(recorded_unmasker(self.data, state.slots, model.spec.vocab_size))
         trace = decode(Engine(model.transformer, self.policy(), watched, debug=True), state)
         self._compare_commits(trace)
@@ -73,7 +73,7 @@ class LoopCase(Case):
 
     def _compare_commits(self, trace: list[Step]) -> None:
         for b, pad in enumerate(self.pads):
-            recorded = [sorted((p - pad, t) for p, t in step["commit"][b]) for step in self.steps]
+            recorded = [sorted((p - pad, t) for p, t in step["commit"][b] or ()) for step in self.steps]
             found = [[(int(p), int(s.tokens[b, p])) for p in np.flatnonzero(s.commit[b])] for s in trace]
             if "strategy" in self.data:  # its sequences wait for each other at block ends: same steps, other numbers
                 recorded, found = [x for x in recorded if x], [x for x in found if x]
