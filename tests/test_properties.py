@@ -21,7 +21,10 @@ from dcache.testing.recorder import Recorder
 from dcache.trace import Step, Trace
 
 POLICIES = ["none", "elastic", "elastic(gamma=0.99,track_num=3)", "elastic(block_caching=false)", "dkv(interval=4)"]
-POLICIES += ["elastic(variant=paper,window=6)", "dkv(interval=100)"]
+POLICIES += ["elastic(variant=paper,window=6)", "dkv(interval=100)", "dkv(variant=pd,interval=3,cacheable=un_right)"]
+POLICIES += ["dkv(variant=prefill)", "fast-dllm", "fast-dllm(mode=prefix)"]
+POLICIES += ["d2(current_k=3,inflate_w=2)"]
+POLICIES += ["d2(current_k=5,rollout_p=0.3,confidence=latest,search=blocks,nucleus=above)"]
 UNMASKERS = ["low-confidence", "low-confidence(tokens_per_step=2)", "threshold(threshold=0.3)", "random"]
 UNMASKERS += ["threshold(threshold=0.5,window=5)"]
 MODELS = {(seed, shift): random_model(seed, shift=shift) for seed in range(3) for shift in (0, 1)}
@@ -94,25 +97,20 @@ def test_elastic_on_one_layer_equals_no_cache(canvas: dict[str, Any], gamma: flo
 
 
 @given(canvas=canvases)
-def test_dkv_that_refreshes_every_step_equals_no_cache(canvas: dict[str, Any]) -> None:
-    reference, run = Run(canvas, "none").go(), Run(canvas, "dkv(interval=1)").go()
+def test_d2_that_computes_everything_equals_no_cache(canvas: dict[str, Any]) -> None:
+    reference, run = Run(canvas, "none").go(), Run(canvas, "d2(refresh=always)").go()
     for b in range(run.state.batch):
         assert run.commits(b) == reference.commits(b)
 
 
-@given(canvas=canvases, interval=st.integers(1, 9))
-def test_dkv_with_two_steps_per_block_equals_no_cache(canvas: dict[str, Any], interval: int) -> None:
-    canvas = canvas | {"unmask": "low-confidence(tokens_per_step=2)", "block_length": 4}
-    reference, run = Run(canvas, "none").go(), Run(canvas, f"dkv(interval={interval})").go()
-    for b in range(run.state.batch):
-        assert run.commits(b) == reference.commits(b)
-
-
-@given(canvas=canvases, interval=st.integers(1, 20))
-def test_dkv_on_one_layer_equals_no_cache(canvas: dict[str, Any], interval: int) -> None:
+@given(canvas=canvases, rollout_p=st.sampled_from([0.0, 0.1, 0.6]), inflate_w=st.integers(0, 3))
+def test_d2_on_one_layer_with_every_mask_predicted_equals_no_cache(
+    canvas: dict[str, Any], rollout_p: float, inflate_w: int
+) -> None:
+    """Keys of one layer depend on the tokens alone, and a new token is always computed."""
     model = of_one_layer(canvas)
     reference = Run(canvas, "none", model=model).go()
-    run = Run(canvas, f"dkv(interval={interval})", model=model).go()
+    run = Run(canvas, f"d2(current_k=12,rollout_p={rollout_p},inflate_w={inflate_w})", model=model).go()
     for b in range(run.state.batch):
         assert run.commits(b) == reference.commits(b)
 
@@ -178,9 +176,9 @@ def watched_stores(run: Run) -> Iterator[list[int]]:
     checked: list[int] = []
     engine, inner = run.engine, run.engine._run
 
-    def watched(plan: Any, ask: Any, second: bool, reports: Any) -> Any:
+    def watched(plan: Any, ask: Any, earlier: Any) -> Any:
         before = {n: [x.clone() for x in engine.stores.tensors[n]] for n in "KV"}
-        seen = inner(plan, ask, second, reports)
+        seen = inner(plan, ask, earlier)
         for name, layers in before.items():
             for index, old in enumerate(layers):
                 begun = np.ones(run.state.batch, bool) if plan.start is None else plan.start <= index
