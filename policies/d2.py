@@ -91,10 +91,12 @@ class D2Cache(CachePolicy):
             "block, as released; up to the end of a block, the current one first; or all (paper)",
         )
         nucleus: Literal["below", "above"] = Field(
-            "below", description="rollout mass stays below rollout_p, one row at least, as released; or passes it (paper)"
+            "below",
+            description="rollout mass stays below rollout_p, one row at least, as released; or passes it (paper)",
         )
         couple_batch: bool = Field(
-            False, description="as released: one bias for the batch, and rows topped up to those of its fullest sequence"
+            False,
+            description="as released: one bias for the batch, and rows topped up to its fullest sequence",
         )
         refresh: Literal["never", "always"] = Field(
             "never", description="always recomputes every row at every step: a debugging aid, equal to no cache"
@@ -128,7 +130,8 @@ class D2Cache(CachePolicy):
         """An ordinary layer; the last one multiplies the rollout."""
         out, h = at.compute(rows, h)
         if self.config.refresh == "never":
-            self._passed = ([] if at.index == 0 else self._passed) + [(at, rows, at.q)]
+            assert at.q is not None
+            self._passed = [*(self._passed if at.index else ()), (at, rows, at.q)]
             if at.last:
                 at.report("importance", self._rollout(), per_layer=False)
                 self._passed = []
@@ -172,7 +175,7 @@ class D2Cache(CachePolicy):
             score = score + block * (top.max() if self.config.couple_batch else top)
             search = search & self._search(state, block)
         prior = highest(score, search, self.config.current_k)
-        missed = ~(prior & state.window).any(1)  # nothing that may be committed: the run would stop here
+        missed = ~np.asarray((prior & state.window).any(1))  # nothing that may be committed: the run would stop here
         return score, prior | highest(score, state.window & missed[:, None], self.config.current_k)
 
     def _search(self, state: State, block: Bools) -> Bools:
@@ -202,9 +205,10 @@ class D2Cache(CachePolicy):
 
     @staticmethod
     def _importance(state: State) -> NDArray[np.float64]:
-        """What the last pass reported."""
+        """Column sums that the last pass reported, (batch, slots)."""
         assert state.seen is not None
-        return state.seen.reports["importance"].astype(np.float64)
+        sums: NDArray[np.float64] = state.seen.reports["importance"].astype(np.float64)
+        return sums
 
 
 def _at(state: State, place: NDArray[np.int64]) -> Bools:
