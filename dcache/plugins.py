@@ -73,9 +73,11 @@ class BuiltIns:
     @hookimpl
     def register_models(self, register: Register) -> None:
         """Model families."""
+        from dcache.models.dream import Dream
         from dcache.models.llada import LLaDA
 
         register("llada", LLaDA)
+        register("dream", Dream)
 
     @hookimpl
     def register_tasks(self, register: Register) -> None:
