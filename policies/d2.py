@@ -172,7 +172,9 @@ class D2Cache(CachePolicy):
         if self.config.search != "all":
             block = self.block & self.masked if self.config.search == "released" else state.block
             top = score.max(1, keepdims=True)
-            score = score + block * (top.max() if self.config.couple_batch else top)
+            if self.config.couple_batch:
+                top = top[self.masked.any(1)].max()  # sequences that the last pass ran
+            score = score + block * top
             search = search & self._search(state, block)
         prior = highest(score, search, self.config.current_k)
         missed = ~np.asarray((prior & state.window).any(1))  # nothing that may be committed: the run would stop here
@@ -186,7 +188,8 @@ class D2Cache(CachePolicy):
         end = begin + (reach // size + 1) * size
         place = np.arange(state.slots)
         start = np.where(block.any(1), first(block, 0), begin)
-        return (place >= start[:, None]) & (place < end[:, None])
+        search: Bools = (place >= start[:, None]) & (place < end[:, None])
+        return search
 
     def _nucleus(self, state: State, free: Bools) -> Bools:
         """Stage 2 (section 3.3): the most attended of the `free` rows, a share `rollout_p` of their mass."""
