@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import dcache
 from dcache import CachePolicy, Plan, Sampling, Seen, State, Unmasker, Update
+from dcache.arrays import leftmost
 from dcache.decode import decode
 from dcache.engine import Engine
 from dcache.models.transformer import Transformer
@@ -62,14 +63,12 @@ class Drawn(Unmasker):
 
 
 class TakesBack(LowConfidence):
-    """Puts the first generated row back to the mask in every third step of the first nine."""
+    """Puts the first decoded row back to the mask in every third step of the first nine."""
 
     def settle(self, state: State, seen: Seen) -> Update:
-        update = super().settle(state, seen)
-        at = state.gen_start
-        due = (state.step % 3 == 2) & (state.step < 9) & state.known[np.arange(state.batch), at] & state.active
-        back = due[:, None] & (np.arange(state.slots) == at[:, None])
-        return replace(update, remask=back)
+        decoded = state.known & ~state.prompt
+        due = (state.step % 3 == 2) & (state.step < 9) & state.active
+        return replace(super().settle(state, seen), remask=leftmost(decoded, 1) & due[:, None])
 
 
 def unmasker_of(canvas: dict[str, Any], knobs: dict[str, Any]) -> Unmasker:
