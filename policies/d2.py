@@ -96,7 +96,7 @@ class D2Cache(CachePolicy):
         )
         couple_batch: bool = Field(
             False,
-            description="as released: one bias for the batch, and rows topped up to those of its fullest sequence",
+            description="as released: one bias for the batch, and rows topped up to its fullest sequence",
         )
         refresh: Literal["never", "always"] = Field(
             "never", description="always recomputes every row at every step: a debugging aid, equal to no cache"
@@ -130,7 +130,8 @@ class D2Cache(CachePolicy):
         """An ordinary layer; the last one multiplies the rollout."""
         out, h = at.compute(rows, h)
         if self.config.refresh == "never":
-            self._passed = ([] if at.index == 0 else self._passed) + [(at, rows, at.q)]
+            assert at.q is not None
+            self._passed = [*(self._passed if at.index else ()), (at, rows, at.q)]
             if at.last:
                 at.report("importance", self._rollout(), per_layer=False)
                 self._passed = []
@@ -171,10 +172,12 @@ class D2Cache(CachePolicy):
         if self.config.search != "all":
             block = self.block & self.masked if self.config.search == "released" else state.block
             top = score.max(1, keepdims=True)
-            score = score + block * (top.max() if self.config.couple_batch else top)
+            if self.config.couple_batch:
+                top = top[self.masked.any(1)].max()  # sequences that the last pass ran
+            score = score + block * top
             search = search & self._search(state, block)
         prior = highest(score, search, self.config.current_k)
-        missed = ~(prior & state.window).any(1)  # nothing that may be committed: the run would stop here
+        missed = ~np.asarray((prior & state.window).any(1))  # nothing that may be committed: the run would stop here
         return score, prior | highest(score, state.window & missed[:, None], self.config.current_k)
 
     def _search(self, state: State, block: Bools) -> Bools:
@@ -185,7 +188,8 @@ class D2Cache(CachePolicy):
         end = begin + (reach // size + 1) * size
         place = np.arange(state.slots)
         start = np.where(block.any(1), first(block, 0), begin)
-        return (place >= start[:, None]) & (place < end[:, None])
+        search: Bools = (place >= start[:, None]) & (place < end[:, None])
+        return search
 
     def _nucleus(self, state: State, free: Bools) -> Bools:
         """Stage 2 (section 3.3): the most attended of the `free` rows, a share `rollout_p` of their mass."""
@@ -204,9 +208,10 @@ class D2Cache(CachePolicy):
 
     @staticmethod
     def _importance(state: State) -> NDArray[np.float64]:
-        """What the last pass reported."""
+        """Column sums that the last pass reported, (batch, slots)."""
         assert state.seen is not None
-        return state.seen.reports["importance"].astype(np.float64)
+        sums: NDArray[np.float64] = state.seen.reports["importance"].astype(np.float64)
+        return sums
 
 
 def _at(state: State, place: NDArray[np.int64]) -> Bools:
