@@ -40,6 +40,7 @@ class DKVCache(CachePolicy):
 
     paper = "dKV-Cache: The Cache for Diffusion Language Models, arXiv 2505.15781"
     pairs_with = "low-confidence"
+    exact = "interval=1"
     config: Config
 
     def begin(self, net: Network, state: State) -> None:
