@@ -120,13 +120,14 @@ class Runner:
 
     def state(self, prompts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> State:
         """The canvas of a batch of token-id prompts; raises UsageError if it does not fit the model."""
-        return State(self.model.spec, prompts, self.gen_length, self.settings.block_length, ids=ids)
+        guided = self.unmasker.sampling.guidance > 0
+        return State(self.model.spec, prompts, self.gen_length, self.settings.block_length, ids=ids, guided=guided)
 
     def run(self, prompts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> list[Output]:
         """Decode one batch of token-id prompts; `ids` number them within the whole run, for their noise."""
         state = self.state(prompts, ids)
         steps = decode(self.engine, state)
-        return [self._output(state, steps, b) for b in range(state.batch)]
+        return [self._output(state, steps, b) for b in range(state.n_texts)]
 
     def _output(self, state: State, steps: list[Any], b: int) -> Output:
         spec = self.model.spec
@@ -134,7 +135,8 @@ class Runner:
         canvas = [spec.eos_id if i == spec.mask_id else i for i in state.tokens[b, begin:end].tolist()]
         stop = next((n for n, i in enumerate(canvas) if i in spec.end_ids), len(canvas))
         text = None if self.model.tokenizer is None else self.model.text(canvas)
-        return Output(text, canvas[:stop], canvas, Trace(steps, b, end, spec.n_layers))
+        twin = b + state.n_texts if state.guided else None
+        return Output(text, canvas[:stop], canvas, Trace(steps, b, end, spec.n_layers, twin))
 
 
 def prompt_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:

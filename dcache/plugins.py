@@ -38,29 +38,46 @@ class BuiltIns:
     @hookimpl
     def register_policies(self, register: Register) -> None:
         """Cache policies."""
+        from dcache.policies.d2 import D2Cache
         from dcache.policies.dkv import DKVCache
         from dcache.policies.elastic import ElasticCache
+        from dcache.policies.fast_dllm import FastDLLM
         from dcache.policies.none import NoCache
 
         register("none", NoCache)
         register("elastic", ElasticCache)
         register("dkv", DKVCache)
+        register("fast-dllm", FastDLLM)
+        register("d2", D2Cache)
 
     @hookimpl
     def register_unmaskers(self, register: Register) -> None:
         """Unmaskers."""
-        from dcache.unmasking.confidence import LowConfidence, Random, Threshold
+        from dcache.unmasking.confidence import CertaintyPrior, Entropy, LowConfidence, Margin, Random, Threshold
+        from dcache.unmasking.order import LeftToRight, RandomOrder
+        from dcache.unmasking.origin import Origin
+        from dcache.unmasking.parallel import EntropyBounded, Factor
 
         register("low-confidence", LowConfidence)
-        register("threshold", Threshold)
+        register("margin", Margin)
+        register("entropy", Entropy)
         register("random", Random)
+        register("threshold", Threshold)
+        register("factor", Factor)
+        register("eb", EntropyBounded)
+        register("certainty-prior", CertaintyPrior)
+        register("origin", Origin)
+        register("random-order", RandomOrder)
+        register("ar", LeftToRight)
 
     @hookimpl
     def register_models(self, register: Register) -> None:
         """Model families."""
+        from dcache.models.dream import Dream
         from dcache.models.llada import LLaDA
 
         register("llada", LLaDA)
+        register("dream", Dream)
 
     @hookimpl
     def register_tasks(self, register: Register) -> None:

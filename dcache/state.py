@@ -55,6 +55,8 @@ class State:
         ids: number of each sequence within the run, part of the seed of its noise; 0, 1, ... by default. A batch
             gives the same tokens as single runs because the noise depends on this number and not on the batch.
         slots: width of the canvas; the longest sequence by default.
+        guided: for classifier-free guidance, double the batch: sequence ``n + b`` is text b with every prompt token
+            replaced by the mask (LLaDA). The engine combines their logits, so both make the same commits.
 
     Attributes:
         tokens: (batch, slots) int64.
@@ -66,6 +68,8 @@ class State:
             nor known.
         changed: (batch, slots) bool: token written by the previous step (committed or re-masked).
         window: (batch, slots) bool: what the unmasker may commit in this step.
+        order: (batch, slots) int64: place of each window row in the order of commits, for an unmasker that announces
+            them; otherwise left to right.
         block: (batch, slots) bool: current block, decoded rows included.
         step: (batch,) int64: steps done by this sequence.
         block_step: (batch,) int64: steps since its block began; 0 in the first pass of a block.
@@ -80,7 +84,14 @@ class State:
         block_length: int | None = None,
         ids: Sequence[int] | None = None,
         slots: int | None = None,
+        guided: bool = False,
     ):
+        self.guided, self.n_texts = guided, len(prompts)
+        ids = range(len(prompts)) if ids is None else ids
+        if guided:
+            prompts = [*prompts, *([spec.mask_id] * len(p) for p in prompts)]
+            ids = [*ids, *ids]
+            gen_length = gen_length if isinstance(gen_length, int | np.integer) else [*gen_length, *gen_length]
         batch = len(prompts)
         lengths = np.array([len(p) for p in prompts], dtype=np.int64)
         gen = np.broadcast_to(np.asarray(gen_length, dtype=np.int64), (batch,)).copy()
@@ -92,7 +103,7 @@ class State:
         slots = longest if slots is None else slots
         place = np.arange(slots)
         self.spec = spec
-        self.ids = np.arange(batch, dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
+        self.ids = np.asarray(ids, dtype=np.int64)
         self.lengths, self.gen_start, self.gen_length = total, lengths, gen
         self.block_length = block_length
         self.valid: Bools = place < total[:, None]
@@ -104,6 +115,7 @@ class State:
         self.known: Bools = self.prompt.copy()
         self.changed: Bools = np.zeros_like(self.valid)
         self.window: Bools = np.zeros_like(self.valid)
+        self.order: Ints = np.broadcast_to(place, self.valid.shape)
         self.step: Ints = np.zeros(batch, dtype=np.int64)
         self.block_step: Ints = np.zeros(batch, dtype=np.int64)
         self.block: Bools = np.zeros_like(self.valid)
@@ -178,6 +190,7 @@ class State:
             b, p = (int(i[0]) for i in np.nonzero(ask.window & ~self.masked))
             raise UnmaskerError(f"the window of sequence {b} holds position {p}, which is not masked")
         self.window = ask.window
+        self.order = np.broadcast_to(np.arange(self.slots), self.valid.shape) if ask.order is None else ask.order
         if ask.block is not None:  # blocks of the unmasker's own, from now on
             if not self._own_blocks:
                 self._own_blocks, self._block_start = True, np.full(self.batch, -1, dtype=np.int64)
@@ -219,6 +232,13 @@ class State:
             )
         if found(update.remask & (self.prompt | ~self.valid)):
             raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} is not generated, yet re-masked")
+        if self.guided:
+            first, second = (x.reshape(2, -1) for x in (update.commit, np.where(update.commit, update.tokens, -1)))
+            if (first[0] != first[1]).any() or (second[0] != second[1]).any():
+                raise UnmaskerError(
+                    "the unmasker treats the two sequences of a guided text differently; its decisions may depend on "
+                    "the logits, the state and `Asked.sequence`, not on the number of the lane"
+                )
 
     def _fixed_block(self) -> Bools:
         """The block of the leftmost masked row of each sequence; empty for finished ones."""

@@ -95,12 +95,18 @@ class Trace:
         index: row of the sequence in the batch.
         length: positions of its canvas, prompt included.
         n_layers: layers of the model.
+        twin: row of the second sequence of a guided text, whose work counts as this one's; None without guidance.
     """
 
     steps: list[Step]
     index: int
     length: int
     n_layers: int
+    twin: int | None = None
+
+    @property
+    def _rows(self) -> list[int]:
+        return [self.index] if self.twin is None else [self.index, self.twin]
 
     @property
     def mine(self) -> list[Step]:
@@ -126,18 +132,22 @@ class Trace:
     @property
     def row_layers(self) -> int:
         """Row-layers that ran a query; a layer that a second pass computes again counts twice, as it was paid."""
-        return sum(int(s.row_layers[:, self.index].sum()) for s in self.steps)
+        return sum(int(s.row_layers[:, self._rows].sum()) for s in self.steps)
 
     @property
     def kv_row_layers(self) -> int:
         """Row-layers whose key or value were projected."""
-        return sum(int(s.kv_row_layers[:, self.index].sum()) for s in self.steps)
+        return sum(int(s.kv_row_layers[:, self._rows].sum()) for s in self.steps)
+
+    @property
+    def full_row_layers(self) -> int:
+        """Row-layers of the same number of steps without a cache."""
+        return self.length * self.n_layers * self.nfe * len(self._rows)
 
     @property
     def row_share(self) -> float:
         """Row-layers computed, as a share of those without a cache in the same number of steps; 0 to 1, or above."""
-        full = self.length * self.n_layers * self.nfe
-        return self.row_layers / full if full else 0.0
+        return self.row_layers / self.full_row_layers if self.full_row_layers else 0.0
 
     @property
     def seconds(self) -> float:

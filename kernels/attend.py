@@ -43,3 +43,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Te
         (batch, heads, rows, head_dim), dtype of `q`.
     """
     return attend_ref(q, k, v, visible)
+
+
+def attend_each_ref(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """The torch twin of `attend_each`."""
+    if seen.shape[1] not in (1, q.shape[1]):
+        seen = seen.repeat_interleave(q.shape[1] // seen.shape[1], dim=1)
+    return scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attend_each(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Attention in which every row has visible keys of its own; for few rows.
+
+    Args:
+        q: (batch, heads, rows, head_dim).
+        k: (batch, kv_heads, keys, head_dim), finite: `hide` what nobody wrote.
+        v: (batch, kv_heads, keys, head_dim), finite.
+        seen: (batch, 1 or kv_heads, rows, keys) bool, with at least one visible key per row.
+
+    Returns:
+        (batch, heads, rows, head_dim), dtype of `q`.
+    """
+    return attend_each_ref(q, k, v, seen)

@@ -151,8 +151,8 @@ class Evict(Filter):
             score = at.received(at.q, (rows < at.dump).float())[:, :-1]
             n = score.shape[1]
             index, _ = lowest(-score, n, max(1, round(self.config.keep * n)))
-            self.shown[at.index].fill_(False)
-            self.shown[at.index, :, 0].scatter_(1, index, True)
+            kept = torch.zeros_like(score, dtype=torch.bool).scatter_(1, index, True)
+            self.shown[at.index].index_copy_(0, at.lanes, kept[:, None])  # this pass may run some sequences only
         return out
 
 
@@ -193,10 +193,10 @@ class Deep(CachePolicy):
             _, self.side = at.compute(side, self.side)
         if at.index < last:
             return rows, h
-        put(self.scratch, rows, self.entry + at.stored("D", rows))
+        put(self.scratch, rows, self.entry + at.stored("D", rows), at.lanes)
         if at.sets["side"].shape[1]:
-            put(self.scratch, at.sets["side"], self.side)
-        return rows, take(self.scratch, rows)
+            put(self.scratch, at.sets["side"], self.side, at.lanes)
+        return rows, take(self.scratch, rows, at.lanes)
 
 
 class Halving(CachePolicy):

@@ -25,6 +25,13 @@ BUILT_INS: dict[str, Mapping[str, Any]] = {
     "elastic(variant=paper,window=6)": {},
     "dkv(interval=4)": {"exact": ["dkv(interval=1)", Exact("dkv(interval=100)", n_layers=1)]},
     "dkv(interval=100)": {"exact": Exact("dkv(interval=7)", **TWO_PER_BLOCK)},
+    "dkv(variant=greedy,neighbours=2)": {"exact": "dkv(variant=greedy,interval=1)"},
+    "dkv(variant=prefill)": {"exact": Exact("dkv(variant=prefill)", n_layers=1)},
+    "dkv(variant=pd,interval=3,cacheable=un_right)": {"exact": Exact("dkv(variant=pd,interval=3)", n_layers=1)},
+    "fast-dllm": {"exact": ["fast-dllm(interval=1)", Exact("fast-dllm", n_layers=1, shift=0)]},
+    "fast-dllm(mode=prefix)": {"equals": [("fast-dllm(mode=prefix)", "fast-dllm")], "unmask": ["low-confidence"]},
+    "d2(current_k=3,inflate_w=2)": {"exact": ["d2(refresh=always)", Exact("d2(current_k=12)", n_layers=1)]},
+    "d2(current_k=5,rollout_p=0.3,confidence=latest,search=blocks,nucleus=above)": {},
 }
 EXAMPLES = 6
 

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcache.arrays import Bools, Ints, positions
+from dcache.arrays import Bools, Ints
 from dcache.engine.checks import Checks
+from dcache.engine.inputs import Inputs
 from dcache.engine.layer import Boards, Books, Layer, Pass
 from dcache.engine.network import Network, Stores
 from dcache.engine.packet import Packet, fields_of
-from dcache.errors import NumericsError, PolicyError, UnmaskerError
+from dcache.errors import NumericsError, PolicyError, UnmaskerError, UsageError
 from dcache.kernels.rows import put, take
 from dcache.models.transformer import ModelSpec, Transformer
 from dcache.policy import CachePolicy, Plan
@@ -84,7 +85,8 @@ class Engine:
         model: the transformer.
         policy: which rows are computed.
         unmasker: which positions are committed.
-        buckets: sizes to which row lists are padded; () takes exact sizes, the default on a CPU.
+        buckets: sizes to which row lists are padded, and with them the number of lanes; () takes exact sizes, the
+            default on a CPU.
         executor: how a pass is run, of this engine's own; None runs it eagerly.
         maps: keep a recompute map (layers, batch, slots) of every step.
         debug: fill stores with NaN first, so that reading what nobody wrote shows.
@@ -126,8 +128,14 @@ class Engine:
             self._allocate(state.batch, state.slots, extra)
         else:
             self.stores.clear(self.debug)
+        if state.guided != (self.unmasker.sampling.guidance > 0):
+            raise UsageError(
+                f"the unmasker's guidance is {self.unmasker.sampling.guidance}, but the canvas was made with "
+                f"guided={state.guided}; both say whether each text has a second sequence whose prompt is masked"
+            )
         self._valid = torch.from_numpy(state.valid).to(self.model.device)[:, None]
         self.checks = Checks(self.label, state, frozenset(extra))
+        self.inputs = Inputs(state, self.buckets)
         self.network.on_preload(self.checks.preloaded)
         self.policy.begin(self.network, state)
         self.unmasker.begin(self.network, state)
@@ -163,28 +171,33 @@ class Engine:
         """The pass of a step; one sync."""
         self.checks.progress(ask)
         self.count = Count(self._zeros(), self._zeros())
-        return self._run(plan, ask, second=False, reports={})
+        return self._run(plan, ask, None)
 
     def rerun(self, plan: Plan, ask: Ask, seen: Seen) -> Seen:
         """The second pass of a reviewed step: what the first found for other rows and layers stays."""
-        return self._run(plan, ask, second=True, reports=seen.reports)
+        return self._run(plan, ask, seen)
 
     def _zeros(self) -> Ints:
         return np.zeros((len(self.layers), self.state.batch), dtype=np.int64)
 
     @torch.inference_mode()
-    def _run(self, plan: Plan, ask: Ask, second: bool, reports: dict[str, np.ndarray]) -> Seen:
+    def _run(self, plan: Plan, ask: Ask, before: Seen | None) -> Seen:
+        """One pass; `before` is what the first pass of a reviewed step saw."""
+        second = before is not None
         self.checks.plan(plan, second)
-        key, arrays = self._arrays(plan, ask, second)
+        arrays = self.inputs.arrays(plan, ask)
+        key = (*self.inputs.key(plan, arrays), second)
         prepared = self._prepared.get(key)
         if prepared is None:
-            prepared = self._prepared[key] = self._prepare(plan, ask, arrays)
+            prepared = self._prepared[key] = self._prepare(plan, arrays)
         for name, value in arrays.items():
             prepared.inputs.host[name][...] = value
-        if isinstance(plan.visible, Tensor):
-            shown = plan.visible[:, None] if plan.visible.dim() == 2 else plan.visible
-            prepared.inputs.device["visible"].copy_(shown & self._valid)
         prepared.inputs.upload()
+        if isinstance(plan.visible, Tensor):  # it is on the device already; after the upload, which covers its place
+            shown = plan.visible[:, None] if plan.visible.dim() == 2 else plan.visible
+            lanes = prepared.current.lanes
+            shown = shown.index_select(shown.dim() - 3, lanes)
+            prepared.inputs.device["visible"].copy_(shown & self._valid.index_select(0, lanes))
         if prepared.outputs is None:
             self._inspect = self.debug  # values may be read in this eager run, never in a recorded one
             results = self._forward(prepared, second)
@@ -194,77 +207,26 @@ class Engine:
         else:
             self.executor(key, lambda: self._deliver(prepared, self._forward(prepared, second)))
         prepared.outputs.download()
-        return self._seen(prepared, arrays, reports, second)
+        return self._seen(prepared, arrays, before)
 
-    # -- host to device -------------------------------------------------------------------------------------------
-
-    def _width(self, mask: Bools, most: int) -> int:
-        """Padded width of a row list: exact without buckets, 0 stays 0."""
-        n = int(mask.sum(1).max())
-        if n == 0 or not self.buckets:
-            return n
-        return min(next((size for size in self.buckets if size >= n), most), most)
-
-    def _arrays(self, plan: Plan, ask: Ask, second: bool) -> tuple[Hashable, dict[str, np.ndarray]]:
-        """Everything the pass reads, as host arrays, and the key of its kind and shapes."""
-        state, slots = self.state, self.state.slots
-        part = state.active if plan.start is None else state.active & (plan.start < state.spec.n_layers)
-        rows = plan.row_mask & state.valid & part[:, None]
-        read = ask.window if ask.read is None else ask.read
-        if plan.watch is not None:
-            read = read | (plan.watch & state.valid)
-        read = read & state.active[:, None]
-        where = positions(read, max(self._width(read, slots), 1), slots)
-        arrays: dict[str, np.ndarray] = {
-            "tokens": np.pad(state.tokens, ((0, 0), (0, 1))),
-            "rows": positions(rows, max(self._width(rows, slots), 1), slots),
-            "live": part,
-            "where": where,
-            "window": np.take_along_axis(np.pad(ask.window, ((0, 0), (0, 1))), where, 1),
-            "sequence": state.ids[:, None],
-            "step": state.step[:, None],
-        }
-        if plan.start is not None:
-            arrays["start"] = plan.start.astype(np.int64)
-        for name, mask in plan.sets.items():
-            mask = mask & state.valid & part[:, None]
-            arrays[f"set {name}"] = positions(mask, self._width(mask, slots), slots)
-        for name, flag in plan.flags.items():
-            arrays[f"flag {name}"] = self._with_dump(flag)
-        for name, flag in ask.flags.items():
-            arrays[f"ask {name}"] = np.take_along_axis(self._with_dump(flag), where, 1) if flag.ndim == 2 else flag
-        hidden = plan.visible is not None or not state.valid.all()
-        if hidden and not isinstance(plan.visible, Tensor):
-            shown = state.valid if plan.visible is None else plan.visible
-            arrays["visible"] = (shown[:, None] if shown.ndim == 2 else shown) & state.valid[:, None]
-        shapes = tuple((name, value.shape, value.dtype.str) for name, value in arrays.items())
-        device_mask = tuple(plan.visible.shape) if isinstance(plan.visible, Tensor) else None
-        first = self._first_layer(plan)
-        return (plan.kind, *sorted(plan.marks.items()), second, first, device_mask, shapes), arrays
-
-    def _first_layer(self, plan: Plan) -> int:
-        """The lowest layer that a sequence of the plan starts at."""
-        if plan.start is None:
-            return 0
-        return int(plan.start[self.state.active].min(initial=self.state.spec.n_layers))
-
-    def _with_dump(self, flag: np.ndarray) -> np.ndarray:
-        return np.pad(flag, ((0, 0), (0, 1))) if flag.shape == self.state.valid.shape else flag
-
-    def _prepare(self, plan: Plan, ask: Ask, arrays: dict[str, np.ndarray]) -> Prepared:
+    def _prepare(self, plan: Plan, arrays: dict[str, np.ndarray]) -> Prepared:
         fields = [(name, tuple(value.shape), value.dtype) for name, value in arrays.items()]
+        n_lanes = len(arrays["lanes"])
         if isinstance(plan.visible, Tensor):
-            b, *rest = plan.visible.shape
-            fields.append(("visible", (b, 1, *rest) if len(rest) == 1 else (b, *rest), np.dtype(np.bool_)))
+            shape = tuple(plan.visible.shape)
+            *layers, _, heads, slots = shape if len(shape) == 4 else (shape[0], 1, shape[1])
+            fields.append(("visible", (*layers, n_lanes, heads, slots), np.dtype(np.bool_)))
         packet = Packet(fields, self.model.device)
         side = packet.device
         current = Pass(
             kind=plan.kind,
             marks=dict(plan.marks),
+            lanes=side["lanes"],
+            whole=n_lanes == self.state.batch,
             rows=side["rows"],
             live=side["live"],
             start=side.get("start"),
-            first=self._first_layer(plan),
+            first=self.inputs.first_layer(plan),
             sets={name: side[f"set {name}"] for name in plan.sets},
             flags={name: side[f"flag {name}"] for name in plan.flags},
             visible=side.get("visible"),
@@ -284,15 +246,15 @@ class Engine:
         self.boards.clear()
         rows, h = current.rows, self.model.embed(side["tokens"].gather(1, current.rows))
         for layer in self.layers[current.first :]:
-            planned, live = current.rows, current.live
-            if current.start is not None:
-                planned, h, live = self._enter(current, layer, h)
-                rows = planned
-            layer.enter(current, planned, live)
+            if current.start is None:
+                layer.enter(current, current.rows, current.live)
+            else:
+                rows, h = self._enter(current, layer, h)
             stream = self._layer(layer, rows, h)
             rows, h = self.checks.stream(layer.index, stream, h, current.start is not None, self._inspect)
-        put(self.top, rows, h)
-        self.have.scatter_(1, rows, True)
+        put(self.top, rows, h, current.lanes)
+        here = torch.ones_like(rows, dtype=torch.bool)  # a Python True would be copied from the host
+        self.have.index_put_((current.lanes[:, None], rows), here)
         return self._read(prepared)
 
     def _layer(self, layer: Layer, rows: Tensor, h: Tensor) -> object:
@@ -304,23 +266,30 @@ class Engine:
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             self.checks.fail(f"layer {layer.index} raised {type(error).__name__}: {error}", error)
 
-    def _enter(self, current: Pass, layer: Layer, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _enter(self, current: Pass, layer: Layer, h: Tensor) -> tuple[Tensor, Tensor]:
         """A pass with `start`: sequences that have not begun point at the dump slot, those that begin read "H"."""
         assert current.start is not None
         live = current.live & (current.start <= layer.index)
         rows = torch.where(live[:, None], current.rows, layer.dump)
+        layer.enter(current, rows, live)
         if layer.index > 0:
             begins = (current.start == layer.index)[:, None, None]
             h = torch.where(begins, layer.stored("H", rows), h)
-        return rows, h, live
+        return rows, h
 
     def _read(self, prepared: Prepared) -> dict[str, Tensor]:
-        side, slots, spec = prepared.inputs.device, self.network.slots, self.model.spec
-        where = side["where"]
+        current, side, slots, spec = prepared.current, prepared.inputs.device, self.network.slots, self.model.spec
+        where, lanes = side["where"], current.lanes
         real = where < slots
         row = torch.where(real, (where - spec.shift).clamp_min(0), slots)
-        predicted = self.have.gather(1, row) & real
-        logits = self.model.logits(take(self.top, row))
+        predicted = self.have[lanes[:, None], row] & real
+        logits = self.model.logits(take(self.top, row, lanes))
+        finite = logits.isfinite().all(-1)
+        shadow = side.get("shadow")
+        shadow_logits = None if shadow is None else self._shadow_logits(current, shadow)
+        if self.state.guided:
+            logits, predicted = self._guide(logits), predicted & predicted.roll(len(lanes) // 2, 0)
+            shadow_logits = None if shadow_logits is None else self._guide(shadow_logits)
         asked = Asked(
             where=where,
             predicted=predicted,
@@ -330,8 +299,10 @@ class Engine:
             mask_id=spec.mask_id,
             eos_id=spec.eos_id,
             end_ids=spec.end_ids,
-            lanes=torch.arange(self.state.batch, device=where.device),
+            lanes=lanes,
             flags={name.removeprefix("ask "): x for name, x in side.items() if name.startswith("ask ")},
+            shadow=shadow,
+            shadow_logits=shadow_logits,
         )
         picks = self.unmasker.pick(logits, asked)
         results = {
@@ -340,13 +311,36 @@ class Engine:
             "commit": picks.commit,
             "eligible": asked.eligible,
             "remask": torch.zeros_like(real) if picks.remask is None else picks.remask & real,
-            "bad": (~logits.isfinite().all(-1) & predicted).any(-1),
+            "bad": (~finite & predicted).any(-1),
         }
-        books = prepared.current.books
-        results |= {f"report {name}": self.boards.reports[name] for name in books.reports}
+        return results | self._accounts(current)
+
+    def _accounts(self, current: Pass) -> dict[str, Tensor]:
+        """What the layers of a pass reported and counted, by lane."""
+        books, n = current.books, len(current.lanes)
+        results = {}
+        for name in books.reports:
+            board = self.boards.reports[name]
+            per_layer = books.per_layer[name]
+            results[f"report {name}"] = board if current.whole else board.index_select(int(per_layer), current.lanes)
         if books.on_device:
-            results |= {f"count {name}": x for name, x in self.boards.counters.items()}
-        return results | {f"map {name}": x for name, x in self.boards.maps.items()}
+            results |= {f"count {name}": x[:, :n] for name, x in self.boards.counters.items()}
+        return results | {f"map {name}": x[:, :n] for name, x in self.boards.maps.items()}
+
+    def _guide(self, logits: Tensor) -> Tensor:
+        """Classifier-free guidance: c with the prompt, u with a masked prompt, ``u + (1 + guidance) (c - u)``."""
+        c, u = logits.chunk(2)
+        guided = u + (1 + self.unmasker.sampling.guidance) * (c - u)
+        return torch.cat([guided, guided])
+
+    def _shadow_logits(self, current: Pass, shadow: Tensor) -> Tensor:
+        """Logits of masks at the shadow positions, over the keys that the pass has left: (batch, k, vocab)."""
+        h = self.model.embed(torch.full_like(shadow, self.model.spec.mask_id))
+        rows = torch.where(shadow < self.network.slots, shadow, self.network.slots)
+        for layer in self.layers:
+            layer.enter(current, current.rows, current.live)
+            h = layer.shadow(rows, h)
+        return self.model.logits(h)
 
     @staticmethod
     def _deliver(prepared: Prepared, results: dict[str, Tensor]) -> None:
@@ -356,53 +350,71 @@ class Engine:
 
     # -- device to host -------------------------------------------------------------------------------------------
 
-    def _seen(
-        self, prepared: Prepared, arrays: dict[str, np.ndarray], reports: dict[str, np.ndarray], second: bool
-    ) -> Seen:
+    def _seen(self, prepared: Prepared, arrays: dict[str, np.ndarray], before: Seen | None) -> Seen:
         assert prepared.outputs is not None
-        out, state, where = prepared.outputs.host, self.state, arrays["where"]
+        out, state, where, lanes = prepared.outputs.host, self.state, arrays["where"], arrays["lanes"]
         if out["bad"].any():
-            self._blame(prepared, second, int(out["bad"].argmax()))
+            self._blame(prepared, before is not None, int(out["bad"].argmax()), lanes)
         if (out["commit"] & ~out["eligible"]).any():
             b, i = (int(x[0]) for x in np.nonzero(out["commit"] & ~out["eligible"]))
             raise UnmaskerError(
                 f"unmasker {self.unmasker.label or type(self.unmasker).__name__}, step {int(state.step.max())}: "
-                f"picked position {where[b, i]} of sequence {b}, which was not predicted or is outside the window"
+                f"picked position {where[b, i]} of sequence {lanes[b]}, which was not predicted or is outside the "
+                "window"
             )
         self._account(prepared, arrays, out)
-        computed = arrays["rows"]
-        np.put_along_axis(written := np.pad(self.checks.written, ((0, 0), (0, 1))), computed, True, 1)
+        written = np.pad(self.checks.written, ((0, 0), (0, 1)))
+        written[lanes[:, None], arrays["rows"]] = True
         self.checks.written = written[:, :-1]
 
         def spread(name: str, blank: object, kind: type) -> np.ndarray:
+            earlier = None if before is None else {"commit": before.taken}.get(name, getattr(before, name, None))
             table: np.ndarray = np.full((state.batch, state.slots + 1), blank, dtype=kind)
-            np.put_along_axis(table, where, out[name], 1)
+            if earlier is not None:  # sequences that sit the second pass out keep what the first found
+                table[:, :-1] = earlier
+                table[lanes] = blank
+            table[lanes[:, None], where] = out[name]
             return table[:, :-1]
 
-        fresh = {n.removeprefix("report "): x.copy() for n, x in out.items() if n.startswith("report ")}
         return Seen(
             tokens=spread("tokens", -1, np.int64),
             taken=spread("commit", False, np.bool_),
             confidence=spread("confidence", -np.inf, np.float32),
             remask=spread("remask", False, np.bool_),
-            reports=reports | fresh,
+            reports=self._reports(prepared.current.books, out, lanes, before),
         )
 
+    def _reports(
+        self, books: Books, out: dict[str, np.ndarray], lanes: Ints, before: Seen | None
+    ) -> dict[str, np.ndarray]:
+        """Reports by sequence; 0 for sequences that did not take part in the step."""
+        reports = {} if before is None else dict(before.reports)
+        for name in books.reports:
+            fresh = out[f"report {name}"]
+            axis = int(books.per_layer[name])
+            shape = (*fresh.shape[:axis], self.state.batch, *fresh.shape[axis + 1 :])
+            table = reports[name].copy() if name in reports else np.zeros(shape, fresh.dtype)
+            table[(slice(None),) * axis + (lanes,)] = fresh
+            reports[name] = table
+        return reports
+
     def _account(self, prepared: Prepared, arrays: dict[str, np.ndarray], out: dict[str, np.ndarray]) -> None:
-        n_rows = (arrays["rows"] < self.state.slots).sum(1)  # (batch,)
+        lanes, slots, batch = arrays["lanes"], self.state.slots, self.state.batch
+        n_rows = (arrays["rows"] < slots).sum(1)  # (lanes,)
         layers = np.arange(len(self.layers))[:, None]
         runs = layers >= arrays["start"] if "start" in arrays else np.ones_like(layers, dtype=bool)
+        n_shadows = (arrays["shadow"] < slots).sum(1) if "shadow" in arrays else 0
         books = prepared.current.books
         for name, total in (("rows", self.count.rows), ("kv_rows", self.count.kv_rows)):
-            total += np.array(books.planned[name])[:, None] * runs * n_rows
+            total[:, lanes] += np.array(books.planned[name])[:, None] * runs * n_rows + n_shadows
             if books.on_device:
-                total += out[f"count {name}"]
+                total[:, lanes] += out[f"count {name}"]
             if self.maps:
-                now = out[f"map {name}"][:, :, :-1].astype(bool)
-                self.count.maps[name] = self.count.maps[name] | now if name in self.count.maps else now.copy()
+                seen = self.count.maps.setdefault(name, np.zeros((len(self.layers), batch, slots), dtype=bool))
+                seen[:, lanes] |= out[f"map {name}"][:, :, :-1].astype(bool)
         self.count.passes += 1
 
-    def _blame(self, prepared: Prepared, second: bool, sequence: int) -> None:
+    def _blame(self, prepared: Prepared, second: bool, lane: int, lanes: Ints) -> None:
         """Run the pass once more, layer by layer, to name the first layer whose output is not finite."""
         culprit = "the head"
         inner = self.policy.layer
@@ -410,8 +422,8 @@ class Engine:
 
         def watched(at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
             rows, h = inner(at, rows, h)
-            real = (rows < at.dump)[sequence]
-            if not found and not bool(h[sequence][real].isfinite().all()):
+            real = (rows < at.dump)[lane]
+            if not found and not bool(h[lane][real].isfinite().all()):
                 found.append(at.index)
             return rows, h
 
@@ -422,6 +434,7 @@ class Engine:
             del self.policy.layer
         if found:
             culprit = f"layer {found[0]}"
+        sequence = int(lanes[lane])
         raise NumericsError(
             f"policy {self.label}, step {int(self.state.step[sequence])}, sequence {sequence}: the logits are not "
             f"finite, first in {culprit}; check the weights and dtype, or the policy's stores"

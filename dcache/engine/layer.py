@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dcache.engine.network import Stores
-from dcache.kernels.attend import attend
+from dcache.kernels.attend import attend, attend_each, hide
 from dcache.kernels.attention_probs import head_mean, probs, received
 from dcache.kernels.drift import drift
 from dcache.kernels.rotary import rotary
@@ -29,6 +29,7 @@ class Books:
     planned: dict[str, list[int]]
     on_device: bool = False
     reports: list[str] = field(default_factory=list)
+    per_layer: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Pass:
     Attributes:
         kind: of the plan.
         marks: of the plan.
+        lanes: (batch,) int64 sequences of the pass, ascending; its batch may be smaller than that of the stores.
+        whole: whether the lanes are all sequences.
         rows: (batch, n) int64, padded with the dump slot.
         live: (batch,) bool: sequences that take part.
         start: (batch,) int64 first layer of each sequence, or None when all start from the embedding.
@@ -50,6 +53,8 @@ class Pass:
 
     kind: Hashable
     marks: Mapping[str, Hashable]
+    lanes: Tensor
+    whole: bool
     rows: Tensor
     live: Tensor
     start: Tensor | None
@@ -63,6 +68,8 @@ class Pass:
 class Boards:
     """Device buffers that layers write and the engine reads: reports, and counters of computed rows.
 
+    Reports are kept by sequence, since a second pass adds to those of the first; counters by lane of the pass.
+
     Attributes:
         reports: name to (layers, batch, ...) or (batch, ...).
         counters: "rows" and "kv_rows" to (layers, batch) int64.
@@ -70,7 +77,7 @@ class Boards:
     """
 
     def __init__(self, layers: int, batch: int, slots: int, device: torch.device, maps: bool):
-        self.layers = layers
+        self.layers, self.batch = layers, batch
         self.reports: dict[str, Tensor] = {}
         self.counters = {
             name: torch.zeros(layers, batch, dtype=torch.int64, device=device) for name in ("rows", "kv_rows")
@@ -93,15 +100,16 @@ class Boards:
 class Layer:
     """One transformer layer over the stores; `at` in a policy.
 
-    Positions are int64 (batch, n), padded with the dump slot. Statistics run over the visible keys and have a last
-    column for the dump slot, always 0, so that they can be gathered by padded positions.
+    The batch of a pass are the sequences that take part in it, `lanes`; methods find their part of the stores by
+    themselves. Positions are int64 (batch, n), padded with the dump slot. Statistics run over the visible keys and
+    have a last column for the dump slot, always 0, so that they can be gathered by padded positions.
 
     Attributes:
         index: number of the layer, from 0.
         last: whether it is the last one.
         dump: number of the dump slot.
         q: (batch, heads, n, head_dim) queries of the latest `refresh` in this layer.
-        stores: this layer's part of every store, whole; `stored` and `store` read and write rows of it.
+        stores: this layer's part of every store, all sequences; `stored` and `store` read and write rows of it.
     """
 
     def __init__(self, model: Transformer, block: Block, index: int, stores: Stores, boards: Boards):
@@ -143,6 +151,14 @@ class Layer:
     def flags(self) -> Mapping[str, Tensor]:
         """`Plan.flags` as tensors; (batch, slots) flags have a last column of 0 for the dump slot."""
         return self.now.flags
+
+    @property
+    def lanes(self) -> Tensor:
+        """(batch,) int64: number of each sequence of this pass in the batch that `begin` saw.
+
+        Index a tensor of your own with a batch axis by it: ``take(mine, rows, at.lanes)``, ``mine[at.lanes]``.
+        """
+        return self.now.lanes
 
     @property
     def live(self) -> Tensor:
@@ -195,6 +211,30 @@ class Layer:
         h = h + self.output(o)
         return h + self.ffn(h)
 
+    def shadow(self, rows: Tensor, h: Tensor) -> Tensor:
+        """Engine only: one layer of shadow rows, which see the store without their own position, and each other.
+
+        Args:
+            rows: (batch, k) positions that the shadows stand for, padded with the dump slot.
+            h: (batch, k, d_model).
+
+        Returns:
+            h (batch, k, d_model); the stores are left alone.
+        """
+        q, k, v = self.project(rows, h)
+        stored = self._keys()
+        slots = torch.arange(self.dump, device=rows.device)
+        others = (slots != rows[..., None])[:, None]  # (batch, 1, k, slots)
+        if self.visible is not None:
+            stored = hide(stored[0], self.visible), hide(stored[1], self.visible)
+            others = others & self.visible[:, :, None]
+        real = (rows < self.dump)[:, None, None].expand(*others.shape[:-1], -1)
+        own = torch.arange(rows.shape[1], device=rows.device)
+        real = real | (own == own[:, None])  # a padded shadow sees itself, so that no row sees nothing
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(stored, (k, v), strict=True))
+        o = attend_each(q, keys, values, torch.cat([others, real], dim=-1))
+        return self.finish(h, o.transpose(1, 2).flatten(2))
+
     # -- the pieces, for layers that keep some outputs ------------------------------------------------------------
 
     def normed(self, h: Tensor) -> Tensor:
@@ -216,8 +256,8 @@ class Layer:
     def write(self, rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Overwrite K and V at `rows`; counts them as projected."""
         self._count("kv_rows", rows)
-        put(self.stores["K"], rows, k)
-        put(self.stores["V"], rows, v)
+        put(self.stores["K"], rows, k, self._lanes)
+        put(self.stores["V"], rows, v, self._lanes)
 
     def output(self, o: Tensor) -> Tensor:
         """Output projection: (batch, n, heads * head_dim) -> (batch, n, d_model)."""
@@ -229,11 +269,11 @@ class Layer:
 
     def stored(self, name: str, rows: Tensor) -> Tensor:
         """Stored values at `rows`: "K", "V", "Q" as (batch, heads, n, head_dim), others as (batch, n, width)."""
-        return take(self.stores[name], rows)
+        return take(self.stores[name], rows, self._lanes)
 
     def store(self, name: str, rows: Tensor, x: Tensor) -> None:
         """Overwrite a store of the policy's own at `rows`, in the shape that `stored` returns."""
-        put(self.stores[name], rows, x)
+        put(self.stores[name], rows, x, self._lanes)
 
     # -- statistics over visible keys -----------------------------------------------------------------------------
 
@@ -259,7 +299,8 @@ class Layer:
         It arrives as ``seen.reports[name]``: (layers, batch, ...), or (batch, ...) with ``per_layer=False``.
         """
         x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x  # numpy knows no bfloat16
-        shape = (self._boards.layers, *x.shape) if per_layer else x.shape
+        shape = (self._boards.batch, *x.shape[1:])
+        shape = (self._boards.layers, *shape) if per_layer else shape
         board = self._boards.reports.get(name)
         if board is None:  # the eager run before any capture allocates it
             board = self._boards.reports[name] = torch.zeros(shape, dtype=x.dtype, device=x.device)
@@ -270,15 +311,27 @@ class Layer:
             )
         if name not in self.now.books.reports:
             self.now.books.reports.append(name)
+            self.now.books.per_layer[name] = per_layer
         place = board[self.index] if per_layer else board
         live = self.live.reshape(-1, *([1] * (x.dim() - 1)))
-        place.copy_(torch.where(live, x, place))
+        if self._lanes is None:
+            place.copy_(torch.where(live, x, place))
+        else:
+            place.index_copy_(0, self._lanes, torch.where(live, x, place.index_select(0, self._lanes)))
 
     # -------------------------------------------------------------------------------------------------------------
 
+    @property
+    def _lanes(self) -> Tensor | None:
+        """The lanes where they select something."""
+        return None if self.now.whole else self.now.lanes
+
     def _keys(self) -> tuple[Tensor, Tensor]:
         """K and V without the dump slot: (batch, kv_heads, slots, head_dim)."""
-        return self.stores["K"][:, :, : self.dump], self.stores["V"][:, :, : self.dump]
+        k, v = (self.stores[name] for name in "KV")
+        if self._lanes is not None:
+            k, v = k.index_select(0, self._lanes), v.index_select(0, self._lanes)
+        return k[:, :, : self.dump], v[:, :, : self.dump]
 
     def _count(self, name: str, rows: Tensor) -> None:
         books = self.now.books
@@ -286,6 +339,6 @@ class Layer:
             books.planned[name][self.index] += 1
         else:
             books.on_device = True
-            self._boards.counters[name][self.index] += (rows < self.dump).sum(-1)
+            self._boards.counters[name][self.index, : len(rows)] += (rows < self.dump).sum(-1)
         if self._boards.maps:
-            self._boards.maps[name][self.index].scatter_(1, rows, True)
+            self._boards.maps[name][self.index, : len(rows)].scatter_(1, rows, True)

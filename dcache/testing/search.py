@@ -134,7 +134,7 @@ def judge(claim: Claim, subject: Subject, examples: int, start: int = 0) -> Verd
     if reason is not None:
         return verdict("n/a", reason)
     trial = Trial(claim, subject)
-    drawn = 1 + max(1, round(examples * claim.share))  # the first is the simplest of all
+    drawn = 1 + round(examples * claim.share)  # the first is the simplest of all
 
     @seed(start)
     @settings(

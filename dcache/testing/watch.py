@@ -116,7 +116,9 @@ class Watch:
     @contextmanager
     def _hooks(self) -> Iterator[None]:
         """Count at the doors of the engine's classes."""
-        attend, write, download = Layer.attend, Layer.write, Packet.download
+        originals = {name: getattr(Layer, name) for name in ("attend", "write", "shadow")}
+        attend, write, shadow = originals.values()
+        download = Packet.download
 
         def attending(at: Layer, rows: Tensor, q: Tensor) -> Tensor:
             self._count("rows", at, rows)
@@ -131,15 +133,25 @@ class Watch:
             self._here.append(rows)
             write(at, rows, k, v)
 
+        def shadowing(at: Layer, rows: Tensor, h: Tensor) -> Tensor:
+            self._count("rows", at, rows)
+            out: Tensor = shadow(at, rows, h)
+            return out
+
         def downloading(packet: Packet) -> None:
             self.downloads += 1
             download(packet)
 
+        hooks = {"attend": attending, "write": writing, "shadow": shadowing}
         try:
-            Layer.attend, Layer.write, Packet.download = attending, writing, downloading  # type: ignore[method-assign]
+            for name, hook in hooks.items():
+                setattr(Layer, name, hook)
+            Packet.download = downloading  # type: ignore[method-assign]
             yield
         finally:
-            Layer.attend, Layer.write, Packet.download = attend, write, download  # type: ignore[method-assign]
+            for name, original in originals.items():
+                setattr(Layer, name, original)
+            Packet.download = download  # type: ignore[method-assign]
 
     def _on_host(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any) -> Any:

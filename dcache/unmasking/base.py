@@ -10,24 +10,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from dcache.arrays import Bools, Ints, first, leftmost
-from dcache.kernels.confidence import best_token, confidence_of
-from dcache.kernels.noise import uniform
 from dcache.models.transformer import ModelSpec
 from dcache.state import Seen, State
+from dcache.unmasking.sampling import MOST, Noise, Sampling, candidates
+from dcache.unmasking.selection import best
 
 if TYPE_CHECKING:
     from dcache.engine.network import Network
-
-
-MOST = 2**31 - 1  # of any count: far beyond use, and within every integer type
 
 
 class UnmaskerConfig(BaseModel):
@@ -43,42 +39,10 @@ class UnmaskerConfig(BaseModel):
         "blocks do not apply; none: the masked rows of the current block",
     )
 
-
-class Sampling(BaseModel):
-    """How a candidate token is drawn and what happens around the end of the text; one setting for a whole run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    temperature: float = Field(0.0, ge=0, description="temperature of LLaDA's Gumbel rule; 0 takes the best token")
-    seed: int = Field(
-        0, ge=0, le=2**63 - 1, description="seed of all noise; the same seed gives the same tokens in any batch"
-    )
-    forbid_eos: bool = Field(False, description="never predict end-of-text (LLaDA's logits_eos_inf)")
-    eos_last: Literal["off", "on", "published"] = Field(
-        "off",
-        description="commit end-of-text and end-of-turn last (LLaDA's confidence_eos_eot_inf); 'published' keeps the "
-        "released code's slip, which at temperature > 0 holds back end-of-turn alone",
-    )
-    confidence: Literal["plain", "filtered"] = Field(
-        "plain",
-        description="probability of the candidate under the plain softmax (LLaDA), or after temperature, top_p and "
-        "top_k (Dream)",
-    )
-    top_p: float | None = Field(
-        None, gt=0, le=1, description="draw from the likeliest tokens that together hold this probability; none: all"
-    )
-    top_k: int | None = Field(None, ge=1, le=MOST, description="draw from this many likeliest tokens; none: all")
-    guidance: float = Field(
-        0.0,
-        ge=0,
-        description="classifier-free guidance (LLaDA's cfg_scale): u + (1 + guidance) * (c - u), u from a second "
-        "sequence whose prompt is masked; twice the rows. 0 is off",
-    )
-    after_end: Literal["decode", "drop", "drop-once"] = Field(
-        "drop",
-        description="masked rows behind a committed end of the text, where the output is cut: drop them, decode them "
-        "all the same (LLaDA's released loop), or drop them at the first end of the text only (Elastic-Cache)",
-    )
+    @property
+    def first_alone(self) -> bool:
+        """See `Unmasker.first_alone`."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -93,6 +57,8 @@ class Ask:
             position: (batch, w).
         commits: (batch,) bool: at least one commit is due; None where the window holds something. A schedule may
             ask for none in a step.
+        order: (batch, slots) int64: place of each window position in the order of commits, where that is settled
+            beforehand (see `Unmasker.announces`); None is left to right.
         shadow: positions whose token should also be predicted as if it were masked: each gets a row that holds the
             mask, sees every visible key but that of its own position, and is seen by shadow rows alone (WINO, arXiv
             2507.18578). They read the keys that the pass leaves in the store, whatever the policy.
@@ -103,6 +69,7 @@ class Ask:
     read: Bools | None = None
     flags: Mapping[str, np.ndarray] = field(default_factory=dict)
     commits: Bools | None = None
+    order: Ints | None = None
     shadow: Bools | None = None
 
     @property
@@ -174,66 +141,6 @@ class Update:
     remask: Bools
 
 
-class Noise:
-    """Where random numbers come from: a hash of seed, sequence, step and position, never a generator's state.
-
-    `pick` runs twice in a reviewed step and in batches of any make-up; both must draw the same numbers.
-    """
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def _keys(self, at: Asked) -> tuple[Tensor, ...]:
-        return torch.full_like(at.where, self.seed), at.sequence, at.step, at.where
-
-    def positions(self, at: Asked) -> Tensor:
-        """(batch, w) float64, uniform in (0, 1)."""
-        return uniform(*self._keys(at))
-
-    def tokens(self, at: Asked, vocab: int) -> Tensor:
-        """(batch, w, vocab) float64, uniform in (0, 1)."""
-        draws = torch.arange(1, vocab + 1, device=at.where.device)
-        return uniform(*(key[..., None] for key in self._keys(at)), draws)
-
-
-def candidates(logits: Tensor, at: Asked, sampling: Sampling, noise: Noise) -> tuple[Tensor, Tensor]:
-    """LLaDA's candidate token and its confidence for every read position.
-
-    The candidate is ``argmax(logits + t * Gumbel)``, a sample of ``softmax(logits / t)``; its confidence is its
-    probability under the plain softmax, without noise or temperature. The mask token is never a candidate.
-
-    Args:
-        logits: (batch, w, vocab).
-        at: the step.
-        sampling: temperature and end-of-text options.
-        noise: source of the Gumbel noise.
-
-    Returns:
-        tokens (batch, w) int64 and confidence (batch, w) float32.
-    """
-    if sampling.forbid_eos:
-        logits = logits.index_fill(-1, torch.full((1,), at.eos_id, device=logits.device), float("-inf"))
-    chosen = logits
-    if sampling.temperature > 0:
-        gumbel = -(-noise.tokens(at, logits.shape[-1]).log()).log()
-        chosen = logits.to(torch.float64) + sampling.temperature * gumbel
-    tokens = best_token(chosen, (at.mask_id,))
-    if sampling.eos_last != "off":
-        last = at.end_ids if sampling.eos_last == "on" or sampling.temperature == 0 else at.end_ids[1:]
-        for token in last:
-            logits = logits.index_fill(-1, torch.full((1,), token, device=logits.device), float("-inf"))
-    return tokens, confidence_of(logits, tokens)
-
-
-def best(score: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
-    """Mark the `count` (batch,) highest scores among `eligible` (batch, w); ties go to the leftmost."""
-    order = score.masked_fill(~eligible, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
-    place = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    return eligible & (place < count[:, None])
-
-
 class Unmasker(ABC):
     """Chooses which masked rows are committed.
 
@@ -252,6 +159,8 @@ class Unmasker(ABC):
     """Name and distribution, for errors; set when the unmasker is registered."""
     paper: ClassVar[str] = ""
     """Where the rule comes from."""
+    announces: ClassVar[bool] = False
+    """The window of `ask` is exactly what the step commits, so a policy knows the picks before the pass."""
 
     config: UnmaskerConfig
 
@@ -273,6 +182,11 @@ class Unmasker(ABC):
         self.sampling = Sampling() if sampling is None else sampling
         self.noise = Noise(self.sampling.seed) if noise is None else noise
         self._ended: Bools | None = None
+
+    @property
+    def first_alone(self) -> bool:
+        """The first pass of a block commits the block's first position and nothing else (Fast-dLLM for Dream)."""
+        return self.config.first_alone
 
     def refuses(self, spec: ModelSpec) -> str | None:
         """Why this unmasker makes no sense on a model, as a sentence; None if it does."""
@@ -321,3 +235,19 @@ def ask_for(state: State, window: int | None, **flags: np.ndarray) -> Ask:
         return Ask(state.masked & state.block, flags=flags)
     generation = state.valid & ~state.prompt & state.active[:, None]
     return Ask(leftmost(state.masked, window), block=generation, flags=flags)
+
+
+__all__ = [
+    "MOST",
+    "Ask",
+    "Asked",
+    "Noise",
+    "Picks",
+    "Sampling",
+    "Unmasker",
+    "UnmaskerConfig",
+    "Update",
+    "ask_for",
+    "best",
+    "candidates",
+]

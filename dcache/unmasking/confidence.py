@@ -1,148 +1,122 @@
-"""Commit by confidence or at random, a scheduled number of rows per step; or all rows that are sure enough.
+"""Commit a scheduled number of rows per step, by a score or at random; or all rows that are sure enough.
 
-=================  ==============================================================================================
-``low-confidence`` the most confident rows, as many as LLaDA's schedule says (LLaDA, section 2.4, "low-confidence
-                   remasking": it declines to commit the least confident)
-``random``         the same number of rows, drawn uniformly in every step (LLaDA's ``remasking="random"``)
-``threshold``      every row whose confidence reaches a threshold, and always the best one (Fast-dLLM, arXiv
-                   2505.22618, section 3.2; Elastic-Cache uses it on a sliding window)
-=================  ==============================================================================================
+=====================  ==========================================================================================
+``low-confidence``     the most confident rows, as many as the schedule says (LLaDA, section 2.4, "low-confidence
+                       remasking": it declines to commit the least confident; Dream's ``maskgit_plus``)
+``margin``             those whose best token leads most (Dream's ``topk_margin``)
+``entropy``            those of the lowest entropy (Dream's ``entropy``)
+``random``             rows drawn uniformly in every step (LLaDA's ``remasking="random"``)
+``threshold``          every row whose score reaches a threshold, and always the best one (Fast-dLLM, arXiv
+                       2505.22618, section 3.2; Elastic-Cache uses it on a sliding window)
+``certainty-prior``    by confidence times the density of what is known around a row (d2Cache, arXiv 2509.23094)
+=====================  ==========================================================================================
 
 Departures from the released code: the mask token is never a candidate; ties go to the leftmost row.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from dcache.arrays import Ints
-from dcache.errors import UsageError
 from dcache.state import State
-from dcache.unmasking.base import MOST, Ask, Asked, Picks, Unmasker, UnmaskerConfig, ask_for, best, candidates
+from dcache.unmasking.base import MOST, Ask, Asked
+from dcache.unmasking.rules import Judged, Judging, Scheduled, ScheduledByScore
+from dcache.unmasking.sampling import Drawn
+from dcache.unmasking.schedule import Opening, Span
+from dcache.unmasking.selection import best
 
 if TYPE_CHECKING:
-    from dcache.engine.network import Network
+    pass
 
 
-class Schedule(UnmaskerConfig):
-    """How many rows a step commits."""
-
-    steps: int | None = Field(
-        None, ge=1, le=MOST, description="denoising steps of the whole generation, split evenly over the blocks (LLaDA)"
-    )
-    tokens_per_step: int | None = Field(None, ge=1, le=MOST, description="rows per step; 1 unless steps is given")
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Schedule:
-        if self.steps is not None and self.tokens_per_step is not None:
-            raise ValueError("give steps or tokens_per_step, not both")
-        return self
-
-
-class Quota:
-    """LLaDA's ``get_num_transfer_tokens``: n masked rows over s steps, n // s each, the remainder to the first ones.
-
-    It is fixed when a block begins. With more steps than rows the last steps would commit nothing; the released loop
-    makes those forward calls all the same, this one does not. Rows that are left when the schedule is through (a window
-    narrower than the quota, a row that was put back or not predicted) follow at the same pace, at least one per step.
-    """
-
-    def __init__(self, config: Schedule):
-        self.config = config
-        self.size = np.zeros(0, dtype=np.int64)
-
-    def of(self, state: State) -> Ints:
-        """(batch,) int64: rows to commit in this step."""
-        if self.config.steps is None:
-            return np.full(state.batch, self.config.tokens_per_step or 1, dtype=np.int64)
-        length = None if self.config.window is not None else state.block_length  # a window knows no blocks
-        whole = length is None
-        blocks = 1 if length is None else state.gen_length // length
-        step = state.step if whole else state.block_step
-        if (self.config.steps % np.asarray(blocks)).any():
-            raise UsageError(
-                f"steps {self.config.steps} is not divisible by the {int(np.max(blocks))} blocks of the generation; "
-                "every block takes the same number of steps"
-            )
-        if self.size.shape != (state.batch,):
-            self.size = np.zeros(state.batch, dtype=np.int64)
-        rows = state.masked if whole else state.masked & state.block
-        self.size = np.where(step == 0, rows.sum(1), self.size)
-        share, rest = np.divmod(self.size, self.config.steps // blocks)
-        quota: Ints = np.maximum(share + (step < rest), 1)
-        return quota
-
-
-class Scheduled(Unmasker):
-    """A scheduled number of rows per step, those of the highest score."""
-
-    class Config(Schedule):
-        """Knobs of a scheduled unmasker."""
-
-    paper = "LLaDA, arXiv 2502.09992"
-    config: Config
-
-    def begin(self, net: Network, state: State) -> None:
-        """Forget the schedule of the last batch."""
-        super().begin(net, state)
-        self.quota = Quota(self.config)
-
-    def ask(self, state: State) -> Ask:
-        """The masked rows of the block or window, and this step's quota."""
-        quota = self.quota.of(state)
-        return ask_for(state, self.config.window, quota=quota)
-
-    def pick(self, logits: Tensor, at: Asked) -> Picks:
-        """Commit the `quota` rows of highest score."""
-        tokens, confidence = candidates(logits, at, self.sampling, self.noise)
-        return Picks(tokens, confidence, best(self.score(confidence, at), at.eligible, at.flags["quota"]))
-
-    @abstractmethod
-    def score(self, confidence: Tensor, at: Asked) -> Tensor:
-        """Score of every read position, (batch, w) float."""
-
-
-class LowConfidence(Scheduled):
+class LowConfidence(ScheduledByScore):
     """The most confident rows of the window."""
 
-    def score(self, confidence: Tensor, at: Asked) -> Tensor:
-        """The confidence itself."""
-        return confidence
+    kind = "confidence"
+
+
+class Margin(ScheduledByScore):
+    """The rows of the window whose best token leads the second by most."""
+
+    paper = "Dream, arXiv 2508.15487"
+    kind = "margin"
+
+
+class Entropy(ScheduledByScore):
+    """The rows of the window whose distribution has the lowest entropy."""
+
+    paper = "Dream, arXiv 2508.15487"
+    kind = "entropy"
 
 
 class Random(Scheduled):
     """Rows of the window drawn uniformly."""
 
-    def score(self, confidence: Tensor, at: Asked) -> Tensor:
+    def score(self, drawn: Drawn, at: Asked) -> Tensor:
         """A fresh draw in every step."""
         return self.noise.positions(at)
 
 
-class Threshold(Unmasker):
-    """Every row of the window that is confident enough, and never none."""
+class Threshold(Judged):
+    """Every row of the window that is sure enough, and never none."""
 
-    class Config(UnmaskerConfig):
+    class Config(Judging, Opening):
         """Knobs of `Threshold`."""
 
-        threshold: float = Field(0.9, description="commit rows whose confidence is at least this probability")
-        at_least: int = Field(1, ge=1, le=MOST, description="rows that a step commits in any case, the surest")
+        threshold: float = Field(0.9, description="commit rows whose score is at least this")
+        budget: int | None = Field(
+            None,
+            ge=1,
+            le=MOST,
+            description="steps over which the rows of the generation are spread: a step judges no more than its share "
+            "and what earlier steps refused (Fast-dLLM on Dream without a cache); none: all rows",
+        )
 
     paper = "Fast-dLLM, arXiv 2505.22618; Elastic-Cache, arXiv 2510.14973"
     config: Config
 
     def ask(self, state: State) -> Ask:
-        """The masked rows of the block, or of the window."""
-        return ask_for(state, self.config.window)
+        """The masked rows of the block or window, and how many of them the budget allows."""
+        if self.config.budget is None:
+            return self.asking(state)
+        return self.asking(state, budget=self._budget(state, self.config.budget))
 
-    def pick(self, logits: Tensor, at: Asked) -> Picks:
-        """Commit what reaches the threshold, and the most confident rows in any case."""
-        tokens, confidence = candidates(logits, at, self.sampling, self.noise)
-        least = torch.full_like(at.where[:, 0], self.config.at_least)
-        sure = at.eligible & (confidence >= self.config.threshold)
-        return Picks(tokens, confidence, sure | best(confidence, at.eligible, least))
+    def _budget(self, state: State, steps: int) -> Ints:
+        """Masked rows less those that belong to later steps."""
+        span = Span(state, self.config.window)
+        share = span.share(steps)
+        later = span.size * (share - np.minimum(span.step + 1, share)) // share
+        budget: Ints = np.maximum(span.masked.sum(1) - later, 1)
+        return budget
+
+    def choose(self, score: Tensor, drawn: Drawn, at: Asked) -> Tensor:
+        """What reaches the threshold, among the surest rows that the budget allows."""
+        sure = score >= self.config.threshold
+        return sure if self.config.budget is None else sure & best(score, at.eligible, at.flags["budget"])
+
+
+class CertaintyPrior(Judged):
+    """The rows of the highest confidence times certainty density; or all rows whose product reaches a threshold."""
+
+    class Config(Judging):
+        """Knobs of `CertaintyPrior`."""
+
+        sigma: float | None = Field(10.0, gt=0, description="width of the certainty density in rows; none: no density")
+        threshold: float | None = Field(
+            None, description="commit rows whose weighted score is at least this; none: at_least rows"
+        )
+
+    paper = "d2Cache, arXiv 2509.23094"
+    config: Config
+
+    def choose(self, score: Tensor, drawn: Drawn, at: Asked) -> Tensor:
+        """What reaches the threshold."""
+        if self.config.threshold is None:
+            return torch.zeros_like(at.eligible)
+        return score >= self.config.threshold

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dcache.testing.golden.base import Case
+from dcache.testing.golden.d2 import D2Case
 from dcache.testing.golden.dkv import DKVCase
 from dcache.testing.golden.elastic import ElasticCase
+from dcache.testing.golden.fast_dllm import FastDLLMCase
 from dcache.testing.golden.loop import NoCacheCase
 
 METHODS: dict[str, type[Case]] = {
@@ -22,6 +24,8 @@ METHODS: dict[str, type[Case]] = {
     "dkv-cache-prefill": DKVCase,
     "dkv-cache-pd": DKVCase,
     "elastic-cache": ElasticCase,
+    "fast_dllm": FastDLLMCase,
+    "d2-cache": D2Case,
 }
 """Recorded method to the class that checks it."""
 

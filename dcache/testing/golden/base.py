@@ -59,13 +59,13 @@ class Replayed(Noise):
         drawn = self._at(int(at.step.max()))[0]
         assert drawn is not None
         where = at.where.clamp_max(drawn.shape[1] - 1)
-        return drawn.gather(1, where[..., None].expand(*where.shape, vocab))
+        return drawn[at.lanes].gather(1, where[..., None].expand(*where.shape, vocab))
 
     def positions(self, at: Asked) -> Tensor:
         """The recorded draw of this step."""
         drawn = self._at(int(at.step.max()))[1]
         assert drawn is not None
-        return drawn.gather(1, at.where.clamp_max(drawn.shape[1] - 1))
+        return drawn[at.lanes].gather(1, at.where.clamp_max(drawn.shape[1] - 1))
 
 
 class Watched(Unmasker):
@@ -89,8 +89,8 @@ class Watched(Unmasker):
 
     def pick(self, logits: Tensor, at: Asked) -> Picks:
         """Keep the logits of computed rows; a second pass overwrites the first."""
-        for b, i in at.predicted.nonzero().tolist():
-            self.logits[-1][b][int(at.where[b, i])] = logits[b, i]
+        for lane, i in at.predicted.nonzero().tolist():
+            self.logits[-1][int(at.lanes[lane])][int(at.where[lane, i])] = logits[lane, i]
         return self.inner.pick(logits, at)
 
 

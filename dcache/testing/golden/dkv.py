@@ -10,13 +10,13 @@ from dcache.testing.golden.loop import LoopCase
 class DKVCase(LoopCase):
     """A run of dKV-Cache."""
 
-    @property
-    def unsupported(self) -> str | None:
-        """Variants that are not installed."""
-        if self.data["method"] != "dkv-cache-decode":
-            return f"method {self.data['method']!r} is not installed"
-        return super().unsupported
-
     def policy(self) -> CachePolicy:
-        """The recorded variant."""
-        return DKVCache(interval=self.settings["cache_reloading_step"])
+        """The recorded variant; prefill states no interval, and one without a shift no rule for it."""
+        s = self.settings
+        knobs = {
+            "variant": self.data["method"].removeprefix("dkv-cache-"),
+            "interval": s.get("cache_reloading_step") or s.get("cache_steps"),
+            "neighbours": s.get("window_size"),
+            "cacheable": s.get("shift_type"),
+        }
+        return DKVCache(**{name: value for name, value in knobs.items() if value is not None})

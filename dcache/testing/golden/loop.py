@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +40,17 @@ class LoopCase(Case):
         mask = self.data.get("attention_mask")
         return [0] * self.data["batch"] if mask is None else [row.index(1) for row in mask]
 
+    @property
+    def gen_length(self) -> int:
+        """Rows generated."""
+        return int(self.settings.get("gen_length") or self.settings["max_new_tokens"])
+
+    @property
+    def steps(self) -> Sequence[Mapping[str, Any]]:
+        """The recorded steps that dcache makes: all, unless a method says otherwise."""
+        steps: Sequence[Mapping[str, Any]] = self.data["steps"]
+        return steps
+
     @abstractmethod
     def policy(self) -> CachePolicy:
         """The policy that was recorded."""
@@ -48,7 +61,7 @@ class LoopCase(Case):
         ends = tuple(i for i in (s.get("eos_token_id"), s.get("eot_token_id")) if i is not None)
         model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], ends or (126,))
         prompts = [row[pad:] for row, pad in zip(self.data["prompt"], self.pads, strict=True)]
-        state = State(model.spec, prompts, s["gen_length"], s["block_length"])
+        state = State(model.spec, prompts, self.gen_length, s.get("block_length"), guided=bool(s.get("cfg_scale")))
         watched = Watched(recorded_unmasker(self.data, state.slots, model.spec.vocab_size))
         trace = decode(Engine(model.transformer, self.policy(), watched, debug=True), state)
         self._compare_commits(trace)
@@ -60,7 +73,7 @@ class LoopCase(Case):
 
     def _compare_commits(self, trace: list[Step]) -> None:
         for b, pad in enumerate(self.pads):
-            recorded = [sorted((p - pad, t) for p, t in step["commit"][b]) for step in self.data["steps"]]
+            recorded = [sorted((p - pad, t) for p, t in step["commit"][b] or ()) for step in self.steps]
             found = [[(int(p), int(s.tokens[b, p])) for p in np.flatnonzero(s.commit[b])] for s in trace]
             if "strategy" in self.data:  # its sequences wait for each other at block ends: same steps, other numbers
                 recorded, found = [x for x in recorded if x], [x for x in found if x]
@@ -69,7 +82,7 @@ class LoopCase(Case):
             equal(f"sequence {b}: number of steps", len(found), len(recorded))
 
     def _compare_passes(self, trace: list[Step], watched: Watched) -> None:
-        for i, (step, recorded) in enumerate(zip(trace, self.data["steps"], strict=True)):
+        for i, (step, recorded) in enumerate(zip(trace, self.steps, strict=True)):
             for b, pad in enumerate(self.pads):
                 total = len(self.data["final"][b])
                 rows = recorded["rows"][b] if "rows" in recorded else range(total)

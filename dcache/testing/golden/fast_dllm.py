@@ -1,0 +1,61 @@
+"""Cases of the ``fast_dllm`` folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dcache.policies.fast_dllm import FastDLLM
+from dcache.policies.none import NoCache
+from dcache.policy import CachePolicy
+from dcache.testing.golden.base import Watched, close, equal
+from dcache.testing.golden.loop import LoopCase
+from dcache.trace import Step
+
+TOLERANCE = 1e-3  # absolute, float32; stated in the folder's README
+
+
+class FastDLLMCase(LoopCase):
+    """A run of Fast-dLLM's loops: without a cache, with prefix or dual cache, as released or with shifted rows.
+
+    A forward that the released loop makes after the first one of a block completed it commits nothing and is not made
+    here: such steps are left out of the comparison.
+    """
+
+    def policy(self) -> CachePolicy:
+        """The recorded cache."""
+        if self.settings["cache"] == "none":
+            return NoCache()
+        shifted = self.settings.get("variant") == "shifted"
+        return FastDLLM(mode=self.settings["cache"], rows="predicting" if shifted else "block")
+
+    @property
+    def steps(self) -> list[Mapping[str, Any]]:
+        """The recorded steps that dcache makes."""
+        steps, done = [], [set() for _ in range(self.data["batch"])]
+        for step in self.data["steps"]:
+            block = set(span(step["block_range"]))
+            if any(block - known for known in done):
+                steps.append(step)
+            for known, commits in zip(done, step["commit"], strict=True):
+                known.update(p for p, _ in commits)
+        return steps
+
+    def _compare_passes(self, trace: list[Step], watched: Watched) -> None:
+        for i, (step, recorded) in enumerate(zip(trace, self.steps, strict=True)):
+            number = recorded["step"]
+            for b, rows in enumerate(recorded["rows"]):
+                equal(f"step {number}, sequence {b}: rows", np.flatnonzero(step.rows[b]).tolist(), span(rows))
+                if (logits := self.tensors.get(f"logits.{number}")) is not None:
+                    for n, p in enumerate(span(self.data["logits_rows"][str(number)])):
+                        close(f"step {number}, row {p}", watched.logits[i][b][p], logits[b, n], TOLERANCE)
+
+
+def span(positions: str | list[int]) -> list[int]:
+    """Positions written as a list, or as ``"a:b"``: a to b - 1."""
+    if isinstance(positions, str):
+        start, end = positions.split(":")
+        return list(range(int(start), int(end)))
+    return positions

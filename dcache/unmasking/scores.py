@@ -1,0 +1,46 @@
+"""How sure a row is: the score by which rows are ranked, from the distribution of its candidates.
+
+==============  =====================================================================================
+``confidence``  probability of the candidate
+``margin``      probability of the likeliest token less that of the second (Dream's ``topk_margin``)
+``entropy``     ``sum p log(p + 1e-10)``: the negative entropy, so that higher is surer (Dream's ``entropy``)
+``random``      a uniform draw in every step
+==============  =====================================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dcache.unmasking.base import Asked
+from dcache.unmasking.sampling import Drawn, Noise
+
+Score = Literal["confidence", "margin", "entropy", "random"]
+TINY = 1e-10  # as published; keeps the logarithm of a filtered token finite
+HELD = torch.finfo(torch.float32).min  # score of a row that is to come last
+
+
+def margin_of(logits: Tensor) -> Tensor:
+    """(batch, w) float32: lead of the likeliest of (batch, w, vocab) over the second."""
+    logits = logits.to(torch.float32)
+    top = (logits.topk(2, dim=-1).values - logits.logsumexp(-1, keepdim=True)).exp()
+    return top[..., 0] - top[..., 1]
+
+
+def certainty_of(logits: Tensor) -> Tensor:
+    """(batch, w) float32: negative entropy of the softmax of (batch, w, vocab)."""
+    p = logits.to(torch.float32).softmax(-1)
+    return (p * (p + TINY).log()).sum(-1)
+
+
+def score_of(kind: Score, drawn: Drawn, at: Asked, noise: Noise) -> Tensor:
+    """Score of every read position, (batch, w) float; ends of the text that are held back come last."""
+    if kind == "random":
+        return noise.positions(at)
+    if kind == "confidence":
+        return drawn.confidence
+    score = margin_of(drawn.logits) if kind == "margin" else certainty_of(drawn.logits)
+    return score if drawn.held is None else score.masked_fill(drawn.held, HELD)
