@@ -27,6 +27,7 @@ the selection has none; sequences of a batch are independent unless ``couple_bat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -104,7 +105,13 @@ class D2Cache(CachePolicy):
 
     paper = "d²Cache: Accelerating Diffusion-Based LLMs via Dual Adaptive Caching, arXiv 2509.23094"
     pairs_with = "certainty-prior(sigma=10)"
+    exact = "refresh=always"
     config: Config
+
+    def exempt(self) -> Mapping[str, str]:
+        """As released, the sequences of a batch are not independent."""
+        coupled = "couple_batch=true makes the rows of a sequence depend on its batch, as released"
+        return {"a_batch_decodes_each_sequence_as_if_it_were_alone": coupled} if self.config.couple_batch else {}
 
     def begin(self, net: Network, state: State) -> None:
         """Nothing is known of any position."""

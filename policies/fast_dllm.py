@@ -54,6 +54,7 @@ class FastDLLM(CachePolicy):
 
     paper = "Fast-dLLM: Training-free Acceleration of Diffusion LLM, arXiv 2505.22618"
     pairs_with = "threshold(threshold=0.9)"
+    exact = "interval=1"
     config: Config
 
     def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:
