@@ -31,3 +31,11 @@ def leftmost(mask: Bools, n: int) -> Bools:
 def first(mask: Bools, otherwise: int) -> Ints:
     """Index of the first true entry of each row of `mask` (batch, n); `otherwise` where there is none."""
     return np.where(mask.any(-1), mask.argmax(-1), otherwise).astype(np.int64)
+
+
+def highest(score: np.ndarray, among: Bools, count: Ints | int) -> Bools:
+    """Mark the `count` (batch,) highest scores (batch, n) of `among`, or all if they are fewer; ties go left."""
+    order = np.argsort(np.where(among, -score, np.inf), axis=-1, kind="stable")
+    place = np.empty_like(order)
+    np.put_along_axis(place, order, np.arange(order.shape[-1])[None], -1)
+    return among & (place < np.reshape(count, (-1, 1)))

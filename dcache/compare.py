@@ -272,7 +272,7 @@ class Run:
             batch=batch,
             row_layers=trace.row_layers,
             kv_row_layers=trace.kv_row_layers,
-            full_row_layers=trace.length * trace.n_layers * trace.nfe,
+            full_row_layers=trace.full_row_layers,
             row_share=round(trace.row_share, 6),
             refreshes=trace.refreshes,
             step_ms=[round(step.seconds * 1000, 3) for step in trace.mine],

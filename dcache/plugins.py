@@ -38,6 +38,7 @@ class BuiltIns:
     @hookimpl
     def register_policies(self, register: Register) -> None:
         """Cache policies."""
+        from dcache.policies.d2 import D2Cache
         from dcache.policies.dkv import DKVCache
         from dcache.policies.elastic import ElasticCache
         from dcache.policies.fast_dllm import FastDLLM
@@ -47,6 +48,7 @@ class BuiltIns:
         register("elastic", ElasticCache)
         register("dkv", DKVCache)
         register("fast-dllm", FastDLLM)
+        register("d2", D2Cache)
 
     @hookimpl
     def register_unmaskers(self, register: Register) -> None:
@@ -77,9 +79,11 @@ class BuiltIns:
     @hookimpl
     def register_models(self, register: Register) -> None:
         """Model families."""
+        from dcache.models.dream import Dream
         from dcache.models.llada import LLaDA
 
         register("llada", LLaDA)
+        register("dream", Dream)
 
     @hookimpl
     def register_tasks(self, register: Register) -> None:

@@ -140,10 +140,14 @@ class Trace:
         return sum(int(s.kv_row_layers[:, self._rows].sum()) for s in self.steps)
 
     @property
+    def full_row_layers(self) -> int:
+        """Row-layers of the same number of steps without a cache."""
+        return self.length * self.n_layers * self.nfe * len(self._rows)
+
+    @property
     def row_share(self) -> float:
         """Row-layers computed, as a share of those without a cache in the same number of steps; 0 to 1, or above."""
-        full = self.length * self.n_layers * self.nfe * len(self._rows)
-        return self.row_layers / full if full else 0.0
+        return self.row_layers / self.full_row_layers if self.full_row_layers else 0.0
 
     @property
     def seconds(self) -> float:

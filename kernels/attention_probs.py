@@ -4,13 +4,16 @@
 ``received(q, k, weight)[b, j] = sum_{h, i} weight[b, i] p[b, h, i, j]``;
 ``head_mean(q, k)[b, i, j] = mean_h p[b, h, i, j]``.
 
-The softmax is taken in float32 whatever the dtype of the model. The twins materialise heads x rows x slots.
+The softmax is taken in float32 whatever the dtype of the model. The twins materialise heads x rows x slots; that of
+`received` for `ROWS_AT_ONCE` rows at a time, since policies ask for it over all rows of a sequence.
 """
 
 import torch
 from torch import Tensor
 
 from dcache.kernels.attend import hide
+
+ROWS_AT_ONCE = 256
 
 
 def probs_ref(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
@@ -42,7 +45,11 @@ def probs(q: Tensor, k: Tensor, visible: Tensor | None = None) -> Tensor:
 
 def received_ref(q: Tensor, k: Tensor, weight: Tensor, visible: Tensor | None) -> Tensor:
     """The torch twin of `received`."""
-    return torch.einsum("bhij,bi->bj", probs_ref(q, k, visible), weight.to(torch.float32))
+    total = torch.zeros(k.shape[0], k.shape[2], device=k.device)
+    for first in range(0, q.shape[2], ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        total += torch.einsum("bhij,bi->bj", probs_ref(q[:, :, rows], k, visible), weight[:, rows].to(torch.float32))
+    return total
 
 
 def received(q: Tensor, k: Tensor, weight: Tensor, visible: Tensor | None = None) -> Tensor:

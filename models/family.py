@@ -123,6 +123,11 @@ class Fields:
         if found is not None and (found != value or type(found) is not type(value)):
             raise self.refuse(name, f"{value!r}: {reason}")
 
+    def absent(self, name: str, reason: str) -> None:
+        """A field that must be null where it is present."""
+        if self.has(name):
+            raise self.refuse(name, f"null: {reason}")
+
     def ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
         """Token ids: published as a number, a list of numbers, or not at all (then empty)."""
         value = self.values.get(name)
@@ -145,3 +150,46 @@ def one_answer(what: str, answers: Mapping[str, int | None]) -> int:
         found = ", ".join(f"{source} says {value}" for source, value in known.items())
         raise ModelError(f"the checkpoint contradicts itself about the {what}: {found}")
     return next(iter(known.values()))
+
+
+def find_mask(
+    fields: Fields, generation: Mapping[str, Any], tokenizer: Tokenizer | None, spelling: str, vocab_size: int
+) -> int:
+    """The mask id, on which both configs, the tokenizer's `mask_token` and the token spelled `spelling` agree."""
+    generation_fields = Fields(generation, "generation_config.json")
+    mask_id = one_answer(
+        "mask",
+        {
+            "mask_token_id of config.json": next(iter(fields.ids("mask_token_id", vocab_size)), None),
+            "mask_token_id of generation_config.json": next(
+                iter(generation_fields.ids("mask_token_id", vocab_size)), None
+            ),
+            "mask_token of the tokenizer": tokenizer.special_id("mask_token") if tokenizer else None,
+            f"{spelling} of the tokenizer": tokenizer.token_id(spelling) if tokenizer else None,
+        },
+    )
+    if mask_id >= vocab_size:
+        raise ModelError(f"the mask is token {mask_id}, but the embedding has {vocab_size} rows")
+    return mask_id
+
+
+def find_ends(
+    fields: Fields, generation: Mapping[str, Any], tokenizer: Tokenizer | None, turn_end: str, vocab_size: int
+) -> tuple[int, ...]:
+    """Every token that ends a text: end-of-text of both configs first, then the token spelled `turn_end`."""
+    eos = fields.ids("eos_token_id", vocab_size)
+    ends = eos + Fields(generation, "generation_config.json").ids("eos_token_id", vocab_size)
+    if not ends:
+        raise fields.refuse("eos_token_id", f"the id of the end-of-text token, below {vocab_size}")
+    if tokenizer is not None and (turn := tokenizer.token_id(turn_end)) is not None:
+        ends += (turn,)
+    return tuple(dict.fromkeys(ends))
+
+
+def check_heads(fields: Fields, width: str, heads: str) -> tuple[int, int]:
+    """Width of the residual stream and number of query heads, which divide it into heads of even width."""
+    d_model = fields.integer(width, 1 << 20)
+    n_heads = fields.integer(heads, d_model)
+    if d_model % n_heads or d_model // n_heads % 2:
+        raise fields.refuse(heads, f"a divisor of {width} {d_model} that leaves heads of even width")
+    return d_model, n_heads

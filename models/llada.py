@@ -11,8 +11,7 @@ The config speaks OLMo's dialect (`d_model`, `n_layers`, `mlp_hidden_size`). Whe
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from dcache.errors import ModelError
-from dcache.models.family import Family, Fields, Slot, one_answer
+from dcache.models.family import Family, Fields, Slot, check_heads, find_ends, find_mask
 from dcache.models.tokenizer import Tokenizer
 from dcache.models.transformer import ModelSpec
 
@@ -67,17 +66,9 @@ class LLaDA(Family):
         fields = Fields(config)
         for name, (value, reason) in _FIXED.items():
             fields.fixed(name, value, reason)
-        d_model = fields.integer("d_model", 1 << 20)
-        n_heads = fields.integer("n_heads", d_model)
-        if d_model % n_heads or d_model // n_heads % 2:
-            raise fields.refuse("n_heads", f"a divisor of d_model {d_model} that leaves heads of even width")
+        d_model, n_heads = check_heads(fields, "d_model", "n_heads")
         vocab_size = _vocab_size(fields)
-        eos = fields.ids("eos_token_id", vocab_size)
-        ends = eos + Fields(generation, "generation_config.json").ids("eos_token_id", vocab_size)
-        if not ends:
-            raise fields.refuse("eos_token_id", f"the id of the end-of-text token, below {vocab_size}")
-        if tokenizer is not None and (turn_end := tokenizer.token_id("<|eot_id|>")) is not None:
-            ends += (turn_end,)
+        ends = find_ends(fields, generation, tokenizer, "<|eot_id|>", vocab_size)
         return ModelSpec(
             family=self.name,
             n_layers=fields.integer("n_layers", 4096),
@@ -90,9 +81,9 @@ class LLaDA(Family):
             norm_eps=fields.number("rms_norm_eps"),
             rope_theta=fields.number("rope_theta"),
             max_positions=fields.integer("max_sequence_length", 1 << 20),
-            mask_id=_mask_id(fields, generation, tokenizer, vocab_size),
+            mask_id=find_mask(fields, generation, tokenizer, "<|mdm_mask|>", vocab_size),
             eos_id=ends[0],
-            end_ids=tuple(dict.fromkeys(ends)),
+            end_ids=ends,
             rope_full_precision=fields.flag("rope_full_precision", True),
             tied_head=fields.flag("weight_tying", False),
         )
@@ -139,20 +130,3 @@ def _mlp_size(fields: Fields, d_model: int) -> int:
     if fields.has("mlp_hidden_size") or not fields.has("mlp_ratio"):
         return fields.integer("mlp_hidden_size", 1 << 22)
     return fields.integer("mlp_ratio", 64) * d_model
-
-
-def _mask_id(fields: Fields, generation: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> int:
-    mask_id = one_answer(
-        "mask",
-        {
-            "mask_token_id of config.json": next(iter(fields.ids("mask_token_id", vocab_size)), None),
-            "mask_token_id of generation_config.json": next(
-                iter(Fields(generation, "generation_config.json").ids("mask_token_id", vocab_size)), None
-            ),
-            "mask_token of the tokenizer": tokenizer.special_id("mask_token") if tokenizer else None,
-            "<|mdm_mask|> of the tokenizer": tokenizer.token_id("<|mdm_mask|>") if tokenizer else None,
-        },
-    )
-    if mask_id >= vocab_size:
-        raise ModelError(f"the mask is token {mask_id}, but the embedding has {vocab_size} rows")
-    return mask_id

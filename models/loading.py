@@ -20,9 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dcache.errors import ModelError, UsageError
+from dcache.models.dream import Dream
 from dcache.models.family import Family, Slot
+from dcache.models.files import one_line, read_json
 from dcache.models.llada import LLaDA
-from dcache.models.tokenizer import Tokenizer, read_json
+from dcache.models.tokenizer import Tokenizer
 from dcache.models.transformer import ModelSpec, Transformer
 
 HUB_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.jinja")
@@ -115,7 +117,7 @@ def load_model(
         ModelError: naming the file, field or tensor that is at fault.
         UsageError: for a device or dtype that does not exist here.
     """
-    known = {f.name: f for f in ([LLaDA()] if families is None else families)}
+    known = {f.name: f for f in ([LLaDA(), Dream()] if families is None else families)}
     if family is not None and family not in known:
         raise ModelError(f"unknown model family {family!r}.{_did_you_mean(family, known)} Known: {', '.join(known)}")
     place = _device(device)
@@ -180,7 +182,7 @@ def _download(repository: str, revision: str | None) -> Path:
         at = f" at revision {revision!r}" if revision else ""
         raise ModelError(
             f"{repository!r} is no local folder, and the hub did not provide it{at}: "
-            f"{type(error).__name__}: {_line(error)}"
+            f"{type(error).__name__}: {one_line(error)}"
         ) from error
 
 
@@ -354,9 +356,9 @@ def _unreadable(file: Path, error: Exception) -> str:
         with file.open("rb") as stream:
             pointer = stream.read(40).startswith(b"version https://git-lfs")
     except OSError as cause:
-        return f"{file} cannot be read: {_line(cause)}"
+        return f"{file} cannot be read: {one_line(cause)}"
     advice = "it is a Git LFS pointer, not the weights" if pointer else "it is truncated or corrupt; fetch it again"
-    return f"{file} ({size} bytes) is not a whole safetensors file: {_line(error)}; {advice}"
+    return f"{file} ({size} bytes) is not a whole safetensors file: {one_line(error)}; {advice}"
 
 
 def _indexed(folder: Path) -> dict[str, _Stored]:
@@ -455,7 +457,3 @@ def _listed(names: Sequence[str]) -> str:
 
 def _quoted(names: Sequence[str]) -> str:
     return _listed([repr(name) for name in names])
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

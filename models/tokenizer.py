@@ -12,7 +12,7 @@ which the tokenizer still finds one is refused.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dcache.errors import ModelError, UsageError
+from dcache.models.files import one_line, read_json, read_text
 
 Message = Mapping[str, Any]
 
@@ -58,19 +59,27 @@ class Tokenizer:
         self._normalised -= {self.token_id(getattr(backend.model, "unk_token", None) or "")}
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer | None":
-        """Read ``tokenizer.json`` and its companions from a checkpoint's folder; None if there is no such file.
+    def load(
+        cls, folder: Path, rebuild: "Callable[[Path], tokenizers.Tokenizer | None] | None" = None
+    ) -> "Tokenizer | None":
+        """Read ``tokenizer.json`` and its companions from a checkpoint's folder; None if it has no tokenizer.
+
+        Args:
+            folder: of the checkpoint.
+            rebuild: makes the backend of a folder without ``tokenizer.json`` from older files; None if they are not
+                there either. It belongs to a family: those files do not say how text is split before the merges.
 
         Raises:
             ModelError: naming the file that cannot be used.
         """
         file = folder / "tokenizer.json"
-        if not file.is_file():
+        if file.is_file():
+            try:
+                backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            except Exception as error:  # the library raises bare Exceptions
+                raise ModelError(f"{file} is not a tokenizer: {one_line(error)}") from error
+        elif rebuild is None or (backend := rebuild(folder)) is None:
             return None
-        try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ModelError(f"{file} is not a tokenizer: {_line(error)}") from error
         config = read_json(folder / "tokenizer_config.json", optional=True)
         names = read_json(folder / "special_tokens_map.json", optional=True) | config
         return cls(backend, _special_names(names), _template_source(folder, config), str(folder))
@@ -126,9 +135,11 @@ class Tokenizer:
                 messages=messages, add_generation_prompt=True, tools=None, documents=None, **self._names
             )
         except _Refused as error:
-            raise UsageError(f"the chat template of {self._source} refuses these messages: {_line(error)}") from error
+            raise UsageError(
+                f"the chat template of {self._source} refuses these messages: {one_line(error)}"
+            ) from error
         except Exception as error:  # a template may divide by zero or index past an end
-            raise ModelError(f"the chat template of {self._source} fails: {_line(error)}") from error
+            raise ModelError(f"the chat template of {self._source} fails: {one_line(error)}") from error
 
     def chat(self, messages: Sequence[Message], *, specials: bool = False) -> list[int]:
         """Ids of a conversation, ready to be answered.
@@ -188,17 +199,14 @@ def _compile(template: str, source: str) -> jinja2.Template:
     try:
         return environment.from_string(template)
     except (jinja2.TemplateError, RecursionError) as error:
-        raise ModelError(f"the chat template of {source} is broken: {_line(error)}") from error
+        raise ModelError(f"the chat template of {source} is broken: {one_line(error)}") from error
 
 
 def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     """``chat_template.jinja``, else the template, or the one named "default", of ``tokenizer_config.json``."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{file} cannot be read: {_line(error)}") from error
+        return read_text(file)
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
@@ -212,30 +220,6 @@ def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
     """``{"bos_token": "<s>"}``: the published value is the text, or an object that holds it as `content`."""
     fields = ((k, v.get("content") if isinstance(v, dict) else v) for k, v in config.items() if k.endswith("_token"))
     return {name: value for name, value in fields if isinstance(value, str)}
-
-
-def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
-    """The JSON object in a file; empty if the file is absent and `optional`.
-
-    Raises:
-        ModelError: naming the file.
-    """
-    if optional and not file.exists():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{file} does not exist") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not readable JSON: {_line(error)}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} holds a JSON {type(value).__name__}; expected an object")
-    return value
-
-
-def _line(error: BaseException) -> str:
-    """An error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_unicode(text: str) -> None:

@@ -30,7 +30,8 @@ from pydantic import Field
 from dcache.policy import CachePolicy, Plan, PolicyConfig, State
 
 if TYPE_CHECKING:
-    pass
+    from dcache.models.transformer import ModelSpec
+    from dcache.unmasking.base import Unmasker
 
 
 class FastDLLM(CachePolicy):
@@ -51,12 +52,20 @@ class FastDLLM(CachePolicy):
             None, ge=1, le=2**31 - 1, description="passes between two refreshes within a block (dInfer); none: none"
         )
 
-    paper = (
-        "Fast-dLLM: Training-free Acceleration of Diffusion LLM by Enabling KV Cache and Parallel Decoding, "
-        "arXiv 2505.22618"
-    )
+    paper = "Fast-dLLM: Training-free Acceleration of Diffusion LLM, arXiv 2505.22618"
     pairs_with = "threshold(threshold=0.9)"
+    exact = "interval=1"
     config: Config
+
+    def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:
+        """The released rows of a shifted model predict a block but for its first position."""
+        if self.config.rows == "block" and spec.shift and not unmasker.first_alone:
+            return (
+                "rows=block leaves the first position of a block without a predictor after the block's first pass, and "
+                f"unmasker {unmasker.name!r} does not commit it, alone, in that pass; use rows=predicting, or an "
+                "unmasker with first=alone"
+            )
+        return None
 
     def plan(self, state: State) -> Plan:
         """All rows in the first pass of a block, then the block's."""

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcache.arrays import Bools, Ints, positions
+from dcache.arrays import Bools, Ints
 from dcache.engine.checks import Checks
+from dcache.engine.inputs import Inputs
 from dcache.engine.layer import Boards, Books, Layer, Pass
 from dcache.engine.network import Network, Stores
 from dcache.engine.packet import Packet, fields_of
@@ -28,7 +29,6 @@ from dcache.state import Seen, State
 from dcache.unmasking.base import Ask, Asked, Unmasker
 
 GPU_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-LANE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Executor(Protocol):
@@ -135,6 +135,7 @@ class Engine:
             )
         self._valid = torch.from_numpy(state.valid).to(self.model.device)[:, None]
         self.checks = Checks(self.label, state, frozenset(extra))
+        self.inputs = Inputs(state, self.buckets)
         self.network.on_preload(self.checks.preloaded)
         self.policy.begin(self.network, state)
         self.unmasker.begin(self.network, state)
@@ -184,10 +185,11 @@ class Engine:
         """One pass; `before` is what the first pass of a reviewed step saw."""
         second = before is not None
         self.checks.plan(plan, second)
-        key, arrays = self._arrays(plan, ask, second)
+        arrays = self.inputs.arrays(plan, ask)
+        key = (*self.inputs.key(plan, arrays), second)
         prepared = self._prepared.get(key)
         if prepared is None:
-            prepared = self._prepared[key] = self._prepare(plan, ask, arrays)
+            prepared = self._prepared[key] = self._prepare(plan, arrays)
         for name, value in arrays.items():
             prepared.inputs.host[name][...] = value
         prepared.inputs.upload()
@@ -207,94 +209,7 @@ class Engine:
         prepared.outputs.download()
         return self._seen(prepared, arrays, before)
 
-    # -- host to device -------------------------------------------------------------------------------------------
-
-    def _width(self, mask: Bools, most: int) -> int:
-        """Padded width of a row list: exact without buckets, 0 stays 0."""
-        n = int(mask.sum(1).max())
-        if n == 0 or not self.buckets:
-            return n
-        return min(next((size for size in self.buckets if size >= n), most), most)
-
-    def _lanes(self, part: Bools) -> Ints:
-        """The sequences of a pass: those that take part, and as many finished ones as fill the bucket.
-
-        A guided text takes part with both of its sequences, so that its logits can be combined.
-        """
-        batch = self.state.batch
-        if self.state.guided:
-            part = np.tile(part.reshape(2, -1).any(0), 2)
-        n = int(part.sum())
-        if n < batch and self.buckets:
-            unit = 1 + self.state.guided
-            n = unit * min(next(size for size in (*LANE_BUCKETS, batch) if size >= n // unit), batch // unit)
-            rest = np.flatnonzero(~part[: batch // unit])[: (n - int(part.sum())) // unit]
-            part = part.copy()
-            part[rest] = part[rest + (batch // 2 if self.state.guided else 0)] = True
-        return np.flatnonzero(part)
-
-    def _arrays(self, plan: Plan, ask: Ask, second: bool) -> tuple[Hashable, dict[str, np.ndarray]]:
-        """Everything the pass reads, as host arrays by lane, and the key of its kind and shapes."""
-        state, slots = self.state, self.state.slots
-        part = state.active if plan.start is None else state.active & (plan.start < state.spec.n_layers)
-        lanes = self._lanes(part)
-        rows = (plan.row_mask & state.valid & part[:, None])[lanes]
-        read = self._read_positions(plan, ask)[lanes]
-        where = positions(read, max(self._width(read, slots), 1), slots)
-        arrays: dict[str, np.ndarray] = {
-            "lanes": lanes,
-            "tokens": np.pad(state.tokens[lanes], ((0, 0), (0, 1))),
-            "rows": positions(rows, max(self._width(rows, slots), 1), slots),
-            "live": part[lanes],
-            "where": where,
-            "window": np.take_along_axis(np.pad(ask.window[lanes], ((0, 0), (0, 1))), where, 1),
-            "sequence": state.ids[lanes, None],
-            "step": state.step[lanes, None],
-        }
-        if plan.start is not None:
-            arrays["start"] = plan.start[lanes].astype(np.int64)
-        for name, mask in plan.sets.items():
-            mask = (mask & state.valid & part[:, None])[lanes]
-            arrays[f"set {name}"] = positions(mask, self._width(mask, slots), slots)
-        for name, flag in plan.flags.items():
-            arrays[f"flag {name}"] = self._with_dump(flag)[lanes]
-        for name, flag in ask.flags.items():
-            mine = self._with_dump(flag)[lanes]
-            arrays[f"ask {name}"] = np.take_along_axis(mine, where, 1) if flag.ndim == 2 else mine
-        if ask.shadow is not None:
-            shadow = (ask.shadow & state.valid & state.active[:, None])[lanes]
-            arrays["shadow"] = positions(shadow, max(self._width(shadow, slots), 1), slots)
-        valid = state.valid[lanes]
-        hidden = plan.visible is not None or not valid.all()
-        if hidden and not isinstance(plan.visible, Tensor):
-            shown = state.valid if plan.visible is None else plan.visible
-            shown = shown[lanes] if shown.ndim == 2 else shown[:, lanes]
-            arrays["visible"] = (shown[:, None] if shown.ndim == 2 else shown) & valid[:, None]
-        shapes = tuple((name, value.shape, value.dtype.str) for name, value in arrays.items())
-        device_mask = tuple(plan.visible.shape) if isinstance(plan.visible, Tensor) else None
-        first = self._first_layer(plan)
-        return (plan.kind, *sorted(plan.marks.items()), second, first, device_mask, shapes), arrays
-
-    def _read_positions(self, plan: Plan, ask: Ask) -> Bools:
-        """(batch, slots): positions whose logits are wanted; the same for both sequences of a guided text."""
-        state = self.state
-        read = ask.window if ask.read is None else ask.read
-        if plan.watch is not None:
-            read = read | (plan.watch & state.valid)
-        if state.guided:
-            read = np.tile(read.reshape(2, -1, state.slots).any(0), (2, 1))
-        return read & state.active[:, None]
-
-    def _first_layer(self, plan: Plan) -> int:
-        """The lowest layer that a sequence of the plan starts at."""
-        if plan.start is None:
-            return 0
-        return int(plan.start[self.state.active].min(initial=self.state.spec.n_layers))
-
-    def _with_dump(self, flag: np.ndarray) -> np.ndarray:
-        return np.pad(flag, ((0, 0), (0, 1))) if flag.shape == self.state.valid.shape else flag
-
-    def _prepare(self, plan: Plan, ask: Ask, arrays: dict[str, np.ndarray]) -> Prepared:
+    def _prepare(self, plan: Plan, arrays: dict[str, np.ndarray]) -> Prepared:
         fields = [(name, tuple(value.shape), value.dtype) for name, value in arrays.items()]
         n_lanes = len(arrays["lanes"])
         if isinstance(plan.visible, Tensor):
@@ -311,7 +226,7 @@ class Engine:
             rows=side["rows"],
             live=side["live"],
             start=side.get("start"),
-            first=self._first_layer(plan),
+            first=self.inputs.first_layer(plan),
             sets={name: side[f"set {name}"] for name in plan.sets},
             flags={name: side[f"flag {name}"] for name in plan.flags},
             visible=side.get("visible"),

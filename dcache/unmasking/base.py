@@ -39,6 +39,11 @@ class UnmaskerConfig(BaseModel):
         "blocks do not apply; none: the masked rows of the current block",
     )
 
+    @property
+    def first_alone(self) -> bool:
+        """See `Unmasker.first_alone`."""
+        return False
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -177,6 +182,11 @@ class Unmasker(ABC):
         self.sampling = Sampling() if sampling is None else sampling
         self.noise = Noise(self.sampling.seed) if noise is None else noise
         self._ended: Bools | None = None
+
+    @property
+    def first_alone(self) -> bool:
+        """The first pass of a block commits the block's first position and nothing else (Fast-dLLM for Dream)."""
+        return self.config.first_alone
 
     def refuses(self, spec: ModelSpec) -> str | None:
         """Why this unmasker makes no sense on a model, as a sentence; None if it does."""

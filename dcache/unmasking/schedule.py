@@ -33,6 +33,11 @@ class Opening(UnmaskerConfig):
         "score (Fast-dLLM and Sparse-dLLM on Dream)",
     )
 
+    @property
+    def first_alone(self) -> bool:
+        """The knob, as policies ask for it."""
+        return self.first == "alone"
+
 
 class Schedule(Opening):
     """How many rows a step commits."""

@@ -1,6 +1,7 @@
 """Adapters against outputs recorded from the published modelling code; `models/README.md` describes the files."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dcache.models.dream import Dream
 from dcache.models.llada import LLaDA
 from dcache.models.loading import Model, load_model
+from dcache.models.tokenizer import Tokenizer
 
-SUPPORTED = {"llada": LLaDA}
+SUPPORTED = {"llada": LLaDA, "Dream": Dream}
 ATOL = 5e-5  # float32 in another order of operations; the recording's own reimplementation is off by 1.2e-5
 
 
@@ -72,14 +75,31 @@ def test_padding_hides_keys_and_leaves_valid_rows_right(model: Model, io: dict[s
     close(found["logits"][valid], io["b2.logits"][valid])
 
 
+def test_a_sequence_without_its_padding_gives_the_rows_that_the_padded_batch_gives(
+    model: Model, io: dict[str, Tensor]
+) -> None:
+    for b, mask in enumerate(io["b2.attention_mask"].bool()):
+        if "b2.position_ids" in io:  # the published positions count from the first valid row, as here
+            assert io["b2.position_ids"][b][mask].tolist() == list(range(int(mask.sum())))
+        alone = model.transformer(io["b2.input_ids"][b][mask][None])[0]
+        close(alone, io["b2.logits"][b][mask])
+
+
+def test_a_position_is_predicted_by_the_row_that_the_spec_names(model: Model, io: dict[str, Tensor]) -> None:
+    if "b0.logits_shifted" not in io:
+        assert model.spec.shift == 0
+        return
+    rows = (torch.arange(io["b0.logits"].shape[1]) - model.spec.shift).clamp_min(0)
+    close(model.transformer(io["b0.input_ids"])[:, rows], io["b0.logits_shifted"])
+
+
 def test_without_a_mask_padding_is_read_as_text(model: Model, io: dict[str, Tensor]) -> None:
     if "b2.logits_mask_ignored" not in io:
         pytest.skip("recorded for LLaDA only: its first revision ignored the mask")
     close(model.transformer(io["b2.input_ids"]), io["b2.logits_mask_ignored"])
 
 
-def test_the_tokenizer_gives_the_published_ids(model: Model, folder: Path) -> None:
-    tokenizer = model.tokenizer
+def gives_the_published_ids(tokenizer: Tokenizer | None, folder: Path) -> None:
     assert tokenizer is not None
     cases: dict[str, list[dict[str, Any]]] = json.loads((folder / "tokenizer_cases.json").read_text())
     for case in cases["encode"]:
@@ -87,3 +107,17 @@ def test_the_tokenizer_gives_the_published_ids(model: Model, folder: Path) -> No
     for case in cases["chat"]:
         assert tokenizer.render(case["messages"]) == case["text"]
         assert tokenizer.chat(case["messages"]) == tokenizer.chat(case["messages"], specials=True) == case["ids"]
+
+
+def test_the_tokenizer_gives_the_published_ids(model: Model, folder: Path) -> None:
+    gives_the_published_ids(model.tokenizer, folder)
+
+
+def test_a_tokenizer_rebuilt_from_vocabulary_and_merges_gives_the_published_ids(
+    model: Model, folder: Path, tmp_path: Path
+) -> None:
+    if not (folder / "vocab.json").exists():
+        pytest.skip("published with tokenizer.json alone")
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("tokenizer.json"))
+    gives_the_published_ids(load_model(copy, device="cpu").tokenizer, folder)

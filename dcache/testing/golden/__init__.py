@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dcache.testing.golden.base import Case
+from dcache.testing.golden.d2 import D2Case
 from dcache.testing.golden.dkv import DKVCase
 from dcache.testing.golden.elastic import ElasticCase
 from dcache.testing.golden.fast_dllm import FastDLLMCase
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Case]] = {
     "dkv-cache-pd": DKVCase,
     "elastic-cache": ElasticCase,
     "fast_dllm": FastDLLMCase,
+    "d2-cache": D2Case,
 }
 """Recorded method to the class that checks it."""
 

@@ -75,7 +75,7 @@ class LoopCase(Case):
 
     def _compare_commits(self, trace: list[Step]) -> None:
         for b, pad in enumerate(self.pads):
-            recorded = [sorted((p - pad, t) for p, t in step["commit"][b]) for step in self.steps]
+            recorded = [sorted((p - pad, t) for p, t in step["commit"][b] or ()) for step in self.steps]
             found = [self._written(step, b) for step in trace]
             if "strategy" in self.data:  # its sequences wait for each other at block ends: same steps, other numbers
                 recorded, found = [x for x in recorded if x], [x for x in found if x]

@@ -1,0 +1,58 @@
+"""Certainty density: how much of a position's neighbourhood is known already.
+
+A Gaussian sum over the known positions, as in d²Cache (arXiv 2509.23094, equation 4) and its released code, which adds
+what the equation leaves out: the generation region stands between two pieces of its own length. The left one counts as
+known, whatever the prompt; the right one does if the last position of the region is. The sum is divided by that of a
+neighbourhood known on both sides. The cache and the unmasker of that paper both multiply confidences by it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcache.arrays import Bools
+from dcache.state import State
+
+VANISHES = 39  # standard deviations after which exp(-x²/2) is 0 in float64, so leaving it out changes nothing
+
+
+def certainty_density(known: Bools, sigma: float) -> NDArray[np.float64]:
+    """Density of every position of a generation region.
+
+    Args:
+        known: (n,) bool: positions of the region that hold a committed token.
+        sigma: standard deviation of the Gaussian, in positions.
+
+    Returns:
+        (n,) float64, from 0 (nothing known within reach) to about 1.
+    """
+    kernel, side, total = _gaussian(len(known), float(sigma))
+    reach = len(kernel) // 2
+    inside = np.convolve(known.astype(np.float64), kernel)[reach : reach + len(known)]
+    density: NDArray[np.float64] = (inside + side + (side[::-1] if known[-1] else 0)) / total
+    return density
+
+
+def densities(state: State, known: Bools, sigma: float) -> NDArray[np.float64]:
+    """(batch, slots) float64: `certainty_density` of each generation region, 0 elsewhere; `known` (batch, slots)."""
+    out = np.zeros(known.shape)
+    for b, (begin, end) in enumerate(zip(state.gen_start, state.lengths, strict=True)):
+        out[b, begin:end] = certainty_density(known[b, begin:end], sigma)
+    return out
+
+
+@lru_cache(maxsize=64)
+def _gaussian(n: int, sigma: float) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """Kernel (2 * reach + 1,), weight of a known left piece at each position (n,), and the divisor."""
+
+    def g(distance: np.ndarray) -> NDArray[np.float64]:
+        weight: NDArray[np.float64] = np.exp(-0.5 * (distance / sigma) ** 2)
+        return weight
+
+    reach = min(n - 1, int(np.ceil(VANISHES * sigma)))
+    beyond = np.append(np.cumsum(g(np.arange(2 * n))[::-1])[::-1], 0)  # g over d..2n-1: differences never negative
+    side = beyond[1 : n + 1] - beyond[n + 1 :]  # at position i, a known left piece is i + 1 to i + n away
+    return g(np.arange(-reach, reach + 1)), side, float(g(np.arange(-3 * n, 3 * n)).sum())

@@ -1,0 +1,121 @@
+"""What a pass reads, as host arrays: masks become padded positions, batch arrays those of the lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from dcache.arrays import Bools, Ints, positions
+from dcache.policy import Plan
+from dcache.state import State
+from dcache.unmasking.base import Ask
+
+LANE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Inputs:
+    """Turns plans and asks over one batch into the arrays of a pass.
+
+    Args:
+        state: the batch.
+        buckets: sizes to which row lists are padded, and with them the number of lanes; () takes exact sizes.
+    """
+
+    def __init__(self, state: State, buckets: Sequence[int]):
+        self.state, self.buckets = state, buckets
+
+    def arrays(self, plan: Plan, ask: Ask) -> dict[str, np.ndarray]:
+        """Every array that the pass reads, by lane. Positions are padded with the number of slots."""
+        state = self.state
+        part = state.active if plan.start is None else state.active & (plan.start < state.spec.n_layers)
+        lanes = self.lanes(part)
+        read = self._read(plan, ask)[lanes]
+        where = self._positions(read, least=1)
+        arrays: dict[str, np.ndarray] = {
+            "lanes": lanes,
+            "tokens": np.pad(state.tokens[lanes], ((0, 0), (0, 1))),
+            "rows": self._positions((plan.row_mask & state.valid & part[:, None])[lanes], least=1),
+            "live": part[lanes],
+            "where": where,
+            "window": np.take_along_axis(np.pad(ask.window[lanes], ((0, 0), (0, 1))), where, 1),
+            "sequence": state.ids[lanes, None],
+            "step": state.step[lanes, None],
+        }
+        if plan.start is not None:
+            arrays["start"] = plan.start[lanes].astype(np.int64)
+        for name, mask in plan.sets.items():
+            arrays[f"set {name}"] = self._positions((mask & state.valid & part[:, None])[lanes])
+        for name, flag in plan.flags.items():
+            arrays[f"flag {name}"] = self._with_dump(flag)[lanes]
+        for name, flag in ask.flags.items():
+            mine = self._with_dump(flag)[lanes]
+            arrays[f"ask {name}"] = np.take_along_axis(mine, where, 1) if flag.ndim == 2 else mine
+        if ask.shadow is not None:
+            shadow = ask.shadow & state.valid & state.active[:, None]
+            arrays["shadow"] = self._positions(shadow[lanes], least=1)
+        if (shown := self._visible(plan, lanes)) is not None:
+            arrays["visible"] = shown
+        return arrays
+
+    def key(self, plan: Plan, arrays: dict[str, np.ndarray]) -> tuple[Hashable, ...]:
+        """Kind, marks, first layer and all shapes: what a recording of the pass depends on."""
+        shapes = tuple((name, value.shape, value.dtype.str) for name, value in arrays.items())
+        device_mask = tuple(plan.visible.shape) if isinstance(plan.visible, Tensor) else None
+        return plan.kind, *sorted(plan.marks.items()), self.first_layer(plan), device_mask, shapes
+
+    def lanes(self, part: Bools) -> Ints:
+        """The sequences of a pass: those that take part, and as many of the others as fill the bucket.
+
+        A guided text takes part with both of its sequences, so that their logits can be combined.
+
+        Args:
+            part: (batch,) bool. If it is empty, all active sequences run without rows.
+        """
+        n_texts = self.state.n_texts
+        part = part if part.any() else self.state.active
+        texts: Bools = np.asarray(part.reshape(-1, n_texts).any(0))  # one row, or two of a guided batch
+        n = int(texts.sum())
+        if self.buckets and n < n_texts:
+            size = min(next(size for size in (*LANE_BUCKETS, n_texts) if size >= n), n_texts)
+            texts = texts.copy()
+            texts[np.flatnonzero(~texts)[: size - n]] = True
+        return np.flatnonzero(np.tile(texts, self.state.batch // n_texts))
+
+    def first_layer(self, plan: Plan) -> int:
+        """The lowest layer that a sequence of the plan starts at."""
+        if plan.start is None:
+            return 0
+        return int(plan.start[self.state.active].min(initial=self.state.spec.n_layers))
+
+    def _read(self, plan: Plan, ask: Ask) -> Bools:
+        """(batch, slots): positions whose logits are wanted; the same for both sequences of a guided text."""
+        state = self.state
+        read = ask.window if ask.read is None else ask.read
+        if plan.watch is not None:
+            read = read | (plan.watch & state.valid)
+        if state.guided:
+            read = np.tile(read.reshape(2, -1, state.slots).any(0), (2, 1))
+        return read & state.active[:, None]
+
+    def _visible(self, plan: Plan, lanes: Ints) -> np.ndarray | None:
+        """(lanes, 1, slots) or (layers, lanes, 1 or kv_heads, slots); None if no key is hidden, or on the device."""
+        valid = self.state.valid[lanes]
+        if isinstance(plan.visible, Tensor) or (plan.visible is None and valid.all()):
+            return None
+        shown = self.state.valid if plan.visible is None else plan.visible
+        shown = shown[lanes, None] if shown.ndim == 2 else shown[:, lanes]
+        return np.asarray(shown & valid[:, None])
+
+    def _positions(self, mask: Bools, least: int = 0) -> Ints:
+        """Ascending positions (lanes, n), n padded to a bucket; a list may be empty unless `least` is 1."""
+        slots = self.state.slots
+        n = max(int(mask.sum(1).max()), least)
+        if n and self.buckets:
+            n = min(next((size for size in self.buckets if size >= n), slots), slots)
+        return positions(mask, n, slots)
+
+    def _with_dump(self, flag: np.ndarray) -> np.ndarray:
+        """A (batch, slots) flag with a last column of 0 for the dump slot."""
+        return np.pad(flag, ((0, 0), (0, 1))) if flag.shape == self.state.valid.shape else flag
