@@ -177,8 +177,10 @@ class D2Cache(CachePolicy):
             score = score + block * top
             search = search & self._search(state, block)
         prior = highest(score, search, self.config.current_k)
-        missed = ~np.asarray((prior & state.window).any(1))  # nothing that may be committed: the run would stop here
-        return score, prior | highest(score, state.window & missed[:, None], self.config.current_k)
+        missed = state.window & ~(prior & state.window).any(1, keepdims=True)
+        if missed.any():  # nothing that may be committed would be predicted, and the run would stop here
+            prior = prior | highest(score, missed, self.config.current_k)
+        return score, prior
 
     def _search(self, state: State, block: Bools) -> Bools:
         """From the first position of `block` over `current_k` masks, up to a multiple of its size."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dcache import Sampling, State, Unmasker
+from dcache.arrays import highest
 from dcache.decode import decode
 from dcache.engine import Engine
 from dcache.engine.layer import Layer
@@ -184,6 +185,13 @@ def test_inflation_closes_gaps_and_nothing_else(chosen: list[bool], width: int) 
             expected[0, a:b] = True
     assert (found == expected).all()
     assert (found <= inflate(rows, width + 1)).all()
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=1, max_size=20), st.integers(-1, 22))
+def test_highest_is_a_stable_sort(drawn: list[tuple[bool, int]], count: int) -> None:
+    among, score = (np.array([x]) for x in zip(*drawn, strict=True))
+    order = sorted(np.flatnonzero(among[0]).tolist(), key=lambda i: -score[0, i])
+    assert np.flatnonzero(highest(score, among, count)[0]).tolist() == sorted(order[: max(count, 0)])
 
 
 @both_shifts
