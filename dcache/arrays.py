@@ -47,3 +47,11 @@ def highest(score: np.ndarray, among: Bools, count: Ints | int) -> Bools:
         elif wanted > 0:
             chosen[b, index] = True
     return chosen
+
+
+def close_gaps(mask: Bools, width: int) -> Bools:
+    """Also mark what lies between two true entries of a row of `mask` (batch, n) at most `width` apart."""
+    place, far = np.arange(mask.shape[1]), mask.shape[1] + width + 1
+    before = np.maximum.accumulate(np.where(mask, place, -far), axis=1)
+    after = np.minimum.accumulate(np.where(mask, place, 2 * far)[:, ::-1], axis=1)[:, ::-1]
+    return mask | (after - before <= width)
