@@ -27,6 +27,7 @@ the selection has none; sequences of a batch are independent unless ``couple_bat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -91,10 +92,12 @@ class D2Cache(CachePolicy):
             "block, as released; up to the end of a block, the current one first; or all (paper)",
         )
         nucleus: Literal["below", "above"] = Field(
-            "below", description="rollout mass stays below rollout_p, one row at least, as released; or passes it (paper)"
+            "below",
+            description="rollout mass stays below rollout_p, one row at least, as released; or passes it (paper)",
         )
         couple_batch: bool = Field(
-            False, description="as released: one bias for the batch, and rows topped up to those of its fullest sequence"
+            False,
+            description="as released: one bias for the batch, and rows topped up to its fullest sequence",
         )
         refresh: Literal["never", "always"] = Field(
             "never", description="always recomputes every row at every step: a debugging aid, equal to no cache"
@@ -102,7 +105,13 @@ class D2Cache(CachePolicy):
 
     paper = "d²Cache: Accelerating Diffusion-Based LLMs via Dual Adaptive Caching, arXiv 2509.23094"
     pairs_with = "certainty-prior(sigma=10)"
+    exact = "refresh=always"
     config: Config
+
+    def exempt(self) -> Mapping[str, str]:
+        """As released, the sequences of a batch are not independent."""
+        coupled = "couple_batch=true makes the rows of a sequence depend on its batch, as released"
+        return {"a_batch_decodes_each_sequence_as_if_it_were_alone": coupled} if self.config.couple_batch else {}
 
     def begin(self, net: Network, state: State) -> None:
         """Nothing is known of any position."""
@@ -128,7 +137,8 @@ class D2Cache(CachePolicy):
         """An ordinary layer; the last one multiplies the rollout."""
         out, h = at.compute(rows, h)
         if self.config.refresh == "never":
-            self._passed = ([] if at.index == 0 else self._passed) + [(at, rows, at.q)]
+            assert at.q is not None
+            self._passed = [*(self._passed if at.index else ()), (at, rows, at.q)]
             if at.last:
                 at.report("importance", self._rollout(), per_layer=False)
                 self._passed = []
@@ -169,10 +179,12 @@ class D2Cache(CachePolicy):
         if self.config.search != "all":
             block = self.block & self.masked if self.config.search == "released" else state.block
             top = score.max(1, keepdims=True)
-            score = score + block * (top.max() if self.config.couple_batch else top)
+            if self.config.couple_batch:
+                top = top[self.masked.any(1)].max()  # sequences that the last pass ran
+            score = score + block * top
             search = search & self._search(state, block)
         prior = highest(score, search, self.config.current_k)
-        missed = ~(prior & state.window).any(1)  # nothing that may be committed: the run would stop here
+        missed = ~np.asarray((prior & state.window).any(1))  # nothing that may be committed: the run would stop here
         return score, prior | highest(score, state.window & missed[:, None], self.config.current_k)
 
     def _search(self, state: State, block: Bools) -> Bools:
@@ -183,7 +195,8 @@ class D2Cache(CachePolicy):
         end = begin + (reach // size + 1) * size
         place = np.arange(state.slots)
         start = np.where(block.any(1), first(block, 0), begin)
-        return (place >= start[:, None]) & (place < end[:, None])
+        search: Bools = (place >= start[:, None]) & (place < end[:, None])
+        return search
 
     def _nucleus(self, state: State, free: Bools) -> Bools:
         """Stage 2 (section 3.3): the most attended of the `free` rows, a share `rollout_p` of their mass."""
@@ -202,9 +215,10 @@ class D2Cache(CachePolicy):
 
     @staticmethod
     def _importance(state: State) -> NDArray[np.float64]:
-        """What the last pass reported."""
+        """Column sums that the last pass reported, (batch, slots)."""
         assert state.seen is not None
-        return state.seen.reports["importance"].astype(np.float64)
+        sums: NDArray[np.float64] = state.seen.reports["importance"].astype(np.float64)
+        return sums
 
 
 def _at(state: State, place: NDArray[np.int64]) -> Bools:

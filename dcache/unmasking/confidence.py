@@ -19,14 +19,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from dcache.arrays import Ints
 from dcache.state import State
 from dcache.unmasking.base import MOST, Ask, Asked
-from dcache.unmasking.rules import Judged, Judging, Scheduled, ScheduledByScore
+from dcache.unmasking.rules import Judged, Judging, Scheduled, ScheduledByScore, reaches
 from dcache.unmasking.sampling import Drawn
 from dcache.unmasking.schedule import Opening, Span
 from dcache.unmasking.selection import best
@@ -117,6 +116,4 @@ class CertaintyPrior(Judged):
 
     def choose(self, score: Tensor, drawn: Drawn, at: Asked) -> Tensor:
         """What reaches the threshold."""
-        if self.config.threshold is None:
-            return torch.zeros_like(at.eligible)
-        return score >= self.config.threshold
+        return reaches(score, self.config.threshold)

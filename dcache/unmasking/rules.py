@@ -106,6 +106,11 @@ class Judging(UnmaskerConfig):
         return self
 
 
+def reaches(score: Tensor, threshold: float | None) -> Tensor:
+    """(batch, w) bool: scores of at least `threshold`; none without one."""
+    return torch.zeros_like(score, dtype=torch.bool) if threshold is None else score >= threshold
+
+
 class Judged(Unmasker):
     """As many rows as a rule finds sure enough, within bounds, and never none."""
 
@@ -130,8 +135,11 @@ class Judged(Unmasker):
         drawn = draw(logits, at, self.sampling, self.noise)
         score = self.judged(drawn, at)
         chosen = self.choose(score, drawn, at)
-        commit = between(score, at.eligible, chosen, self.config.at_least, self.config.at_most)
-        return Picks(drawn.tokens, drawn.confidence, commit)
+        return Picks(drawn.tokens, drawn.confidence, self.commits(score, chosen, at))
+
+    def commits(self, score: Tensor, chosen: Tensor, at: Asked) -> Tensor:
+        """(batch, w) bool: what was chosen, within the bounds."""
+        return between(score, at.eligible, chosen, self.config.at_least, self.config.at_most)
 
     def judged(self, drawn: Drawn, at: Asked) -> Tensor:
         """Score of every read position, (batch, w) float, times the density if it counts."""

@@ -139,8 +139,7 @@ def draw(logits: Tensor, at: Asked, sampling: Sampling, noise: Noise) -> Drawn:
         sampling: the rule.
         noise: source of the Gumbel noise.
     """
-    if sampling.forbid_eos:
-        logits = _without(logits, (at.eos_id,))
+    logits = _allowed(logits, at, sampling)
     if sampling.confidence == "filtered":
         tokens, logits = _filtered(logits, at, sampling, noise)
     else:
@@ -161,9 +160,17 @@ def candidates(logits: Tensor, at: Asked, sampling: Sampling, noise: Noise) -> t
     return drawn.tokens, drawn.confidence
 
 
-def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The logits whose softmax gives confidences, (batch, w, vocab): filtered, or as they are."""
-    return filtered(logits, sampling) if sampling.confidence == "filtered" else logits
+def probability(logits: Tensor, tokens: Tensor, at: Asked, sampling: Sampling) -> Tensor:
+    """Confidence in given tokens, (batch, w) float32, under the rule by which candidates are judged.
+
+    Args:
+        logits: (batch, w, vocab).
+        tokens: (batch, w) int64.
+        at: the step.
+        sampling: the rule.
+    """
+    logits = _allowed(logits, at, sampling)
+    return confidence_of(filtered(logits, sampling) if sampling.confidence == "filtered" else logits, tokens)
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -205,6 +212,10 @@ def _noised(logits: Tensor, at: Asked, sampling: Sampling, noise: Noise) -> Tens
     if sampling.temperature == 0:
         return logits
     return logits.to(torch.float64) + sampling.temperature * gumbel(noise.tokens(at, logits.shape[-1]))
+
+
+def _allowed(logits: Tensor, at: Asked, sampling: Sampling) -> Tensor:
+    return _without(logits, (at.eos_id,)) if sampling.forbid_eos else logits
 
 
 def _without(logits: Tensor, tokens: tuple[int, ...]) -> Tensor:

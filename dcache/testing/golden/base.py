@@ -89,8 +89,8 @@ class Watched(Unmasker):
 
     def pick(self, logits: Tensor, at: Asked) -> Picks:
         """Keep the logits of computed rows; a second pass overwrites the first."""
-        for b, i in at.predicted.nonzero().tolist():
-            self.logits[-1][b][int(at.where[b, i])] = logits[b, i]
+        for lane, i in at.predicted.nonzero().tolist():
+            self.logits[-1][int(at.lanes[lane])][int(at.where[lane, i])] = logits[lane, i]
         return self.inner.pick(logits, at)
 
 
