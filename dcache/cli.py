@@ -278,6 +278,41 @@ def policies(
     print(json.dumps(catalog.as_data(listings), indent=2) if as_json else catalog.as_text(listings))
 
 
+@app.command()
+def verify(
+    policy: Annotated[str, typer.Argument(help="an installed policy, e.g. 'dkv(interval=4)'")],
+    golden: Annotated[Path | None, option("folder of recorded runs; those of the policy are replayed", "--golden")] = None,
+    model: Annotated[str | None, option("also try a checkpoint, e.g. tiny-llada", "--model")] = None,
+    examples: Annotated[int, option("canvases that are drawn per claim", "--examples", min=1)] = 20,
+    seed: Annotated[int, option("seed of the drawing", "--seed", min=0)] = 0,
+    format_: Annotated[str, option("text or json", "--format")] = "text",
+) -> None:
+    """Check that a policy keeps the contract; exits with 1 if a claim fails."""
+    from dcache.verify import source_of, verify  # hypothesis comes with it, which only this command needs
+
+    if format_ not in ("text", "json"):
+        raise UsageError(f"unknown format {format_!r}; choose text or json")
+    make_policy(policy)
+    source = source_of(policy)
+    told = f"{policy} ({source}), dcache {dcache.__version__}, {examples} examples per claim, seed {seed}"
+    verdicts = []
+    if format_ == "text":
+        print(printable(told), flush=True)
+    for verdict in verify(policy, examples=examples, seed=seed, golden=golden, model=model):
+        verdicts.append(verdict)
+        if format_ == "text":
+            print(printable(str(verdict)), flush=True)
+    counts = {status: sum(verdict.status == status for verdict in verdicts) for status in ("pass", "fail", "n/a")}
+    if format_ == "json":
+        data = {"policy": policy, "source": source, "dcache": dcache.__version__, "examples": examples, "seed": seed}
+        each = [verdict.as_data() for verdict in verdicts]
+        print(json.dumps(data | {"holds": not counts["fail"], "verdicts": each}, indent=2))
+    else:
+        print(f"{counts['pass']} pass, {counts['fail']} fail, {counts['n/a']} not applicable")
+    if counts["fail"]:
+        raise typer.Exit(1)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit code: 0, 1 for a defect, 2 for a mistake of the caller, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
