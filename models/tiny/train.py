@@ -1,4 +1,10 @@
-"""Train a tiny LLaDA on gsm-mini; `tiny-llada` was made in three runs, 13 minutes of one H200 together::
+"""Train a tiny model on gsm-mini and save it in the published layout of its family.
+
+`tiny-dream` takes one run of eight minutes on one GPU::
+
+    python -m dcache.models.tiny.train --family dream --out tiny-dream --seconds 480
+
+`tiny-llada` was made in three, 13 minutes of one H200 together::
 
     python -m dcache.models.tiny.train --out first --steps 11136 --score-cap 1e6 --score-cap-start 1e6
     python -m dcache.models.tiny.train --out second --init first --seed 1 --steps 2978 \\
@@ -11,18 +17,18 @@ The first two were made before scores were capped, which a cap of 1e6 reproduces
 bits.
 
 The objective is LLaDA's supervised fine-tuning, from random weights. The prompt, in the chat template, is never masked.
-The response is the solution, ``<|eot_id|>`` and ``<|endoftext|>`` up to the end of the canvas, all trained on alike. Of
-its L tokens, k are masked, k uniform on 1..L, and the loss is the mean cross entropy of the masked ones: the form of
-the likelihood bound with an exact count (LLaDA, arXiv 2502.09992, equation 14), whose variance is lower than that of a
-masking probability t and the weight 1/t.
+The response is the solution, the end of the turn and ``<|endoftext|>`` up to the end of the canvas, all trained on
+alike. Of its L tokens, k are masked, k uniform on 1..L, and the loss is the mean cross entropy of the masked ones: the
+form of the likelihood bound with an exact count (LLaDA, arXiv 2502.09992, equation 14), whose variance is lower than
+that of a masking probability t and the weight 1/t. Dream reads position p from row p - 1, and so does its loss.
 
 Departures, each for accuracy per minute of training:
 
 * k is stratified over the batch.
 * In half of the sequences the mask is one that block decoding meets: rows before a random span are known, rows after
   it are masked, k rows of the span are masked, and the loss is the mean over those k.
-* Attention scores are bounded: after every step the query and key rows of a head whose largest score could exceed
-  `score_cap` are scaled down ("QK-Clip", Kimi K2, arXiv 2507.20534). Muon alone drives scores of so small a model to
+* Attention scores are bounded: after every step the query and key rows, and biases, of a KV head and its query heads
+  whose largest score could exceed `score_cap` are scaled down ("QK-Clip", Kimi K2, arXiv 2507.20534). Muon alone drives scores of so small a model to
   several hundred; then most attention weights are below 1e-8, unlike those of any published checkpoint, and a cache
   policy that watches attention sees nothing but noise.
 * Hidden matrices are trained with Muon (momentum, orthogonalised by Newton-Schulz iterations), the rest with AdamW.
@@ -114,7 +120,7 @@ class Objective:
             h, bound = self.layer(block, h, cos, sin)
             bounds.append(bound)
         weight = counted / counted.sum(1, keepdim=True) / len(tokens)
-        # Position p is predicted by row p - shift; no position in front of the response is counted, so none wraps round.
+        # Row p - shift predicts position p; the prompt is never counted, so nothing that wraps round is.
         targets, weight = (x.roll(-model.spec.shift, dims=1) for x in (tokens, weight))
         return self.head(model, h, targets, weight), torch.stack(bounds)
 
