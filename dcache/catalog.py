@@ -38,6 +38,7 @@ class Listing:
         summary: first line of its documentation.
         paper: where it comes from.
         pairs_with: unmasker of the paper; None for an unmasker, and where there is none.
+        exact: knobs that make a policy equal to no cache; None where none are declared.
         knobs: in the order of the class.
     """
 
@@ -46,6 +47,7 @@ class Listing:
     summary: str
     paper: str
     pairs_with: str | None
+    exact: str | None
     knobs: list[Knob]
 
 
@@ -82,7 +84,8 @@ def _listings(registry: Registry[Any]) -> Iterator[Listing]:
         thing: type[CachePolicy] | type[Unmasker] = entry.thing
         summary = (thing.__doc__ or "").strip().partition("\n")[0]
         pairs = getattr(thing, "pairs_with", None)
-        yield Listing(name, entry.source, summary, thing.paper, pairs, knobs_of(thing.Config))
+        exact = getattr(thing, "exact", None)
+        yield Listing(name, entry.source, summary, thing.paper, pairs, exact, knobs_of(thing.Config))
 
 
 def policies() -> list[Listing]:
@@ -112,6 +115,8 @@ def _lines(listing: Listing) -> Iterator[str]:
         yield f"    paper: {listing.paper}"
     if listing.pairs_with:
         yield f"    pairs with: {listing.pairs_with}"
+    if listing.exact:
+        yield f"    equals no cache with: {listing.exact}"
     if not listing.knobs:
         yield "    no knobs"
     for knob in listing.knobs:

@@ -61,6 +61,10 @@ Unmask = Annotated[str | None, setting(DecodeSettings, "unmask")]
 Temperature = Annotated[float | None, setting(DecodeSettings, "temperature")]
 Seed = Annotated[int | None, setting(DecodeSettings, "seed")]
 ForbidEos = Annotated[bool | None, setting(DecodeSettings, "forbid_eos")]
+Rule = Annotated[str | None, setting(DecodeSettings, "confidence")]
+TopP = Annotated[float | None, setting(DecodeSettings, "top_p")]
+TopK = Annotated[int | None, setting(DecodeSettings, "top_k")]
+Guidance = Annotated[float | None, setting(DecodeSettings, "guidance")]
 EosLast = Annotated[str | None, setting(DecodeSettings, "eos_last")]
 AfterEnd = Annotated[str | None, setting(DecodeSettings, "after_end")]
 BatchSize = Annotated[int | None, setting(DecodeSettings, "batch_size")]
@@ -112,6 +116,10 @@ def compare(
     block_length: BlockLength = None,
     unmask: Unmask = None,
     temperature: Temperature = None,
+    confidence: Rule = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    guidance: Guidance = None,
     seed: Seed = None,
     forbid_eos: ForbidEos = None,
     eos_last: EosLast = None,
@@ -128,8 +136,8 @@ def compare(
         raise UsageError(f"--prompts replaces the task; leave {'--task' if task else '--split'} out")
     settings = given(
         split=split, limit=limit, repeats=repeats, gen_length=gen_length, block_length=block_length, unmask=unmask,
-        temperature=temperature, seed=seed, forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end,
-        batch_size=batch_size,
+        temperature=temperature, confidence=confidence, top_p=top_p, top_k=top_k, guidance=guidance, seed=seed,
+        forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end, batch_size=batch_size,
     )  # fmt: skip
     source: Task | str | None = task if prompts is None else Prompts(prompts)
     experiment = Experiment(policy_calls(policies, set_ or [], sweep or []), source, **settings)
@@ -190,6 +198,10 @@ def generate(
     block_length: BlockLength = None,
     unmask: Unmask = None,
     temperature: Temperature = None,
+    confidence: Rule = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    guidance: Guidance = None,
     seed: Seed = None,
     forbid_eos: ForbidEos = None,
     eos_last: EosLast = None,
@@ -202,8 +214,9 @@ def generate(
     """Decode one prompt to stdout; or a file of prompts, to one JSON object per line."""
     settings = settings_from(
         **given(
-            gen_length=gen_length, block_length=block_length, unmask=unmask, temperature=temperature, seed=seed,
-            forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end, batch_size=batch_size,
+            gen_length=gen_length, block_length=block_length, unmask=unmask, temperature=temperature,
+            confidence=confidence, top_p=top_p, top_k=top_k, guidance=guidance, seed=seed, forbid_eos=forbid_eos,
+            eos_last=eos_last, after_end=after_end, batch_size=batch_size,
         )
     )  # fmt: skip
     if (prompt is None) == (prompts is None):
@@ -263,6 +276,41 @@ def policies(
     """List policies, or unmaskers, with their papers and knobs."""
     listings = catalog.unmaskers() if unmaskers else catalog.policies()
     print(json.dumps(catalog.as_data(listings), indent=2) if as_json else catalog.as_text(listings))
+
+
+@app.command()
+def verify(
+    policy: Annotated[str, typer.Argument(help="an installed policy, e.g. 'dkv(interval=4)'")],
+    golden: Annotated[Path | None, option("folder of recorded runs; those of the policy are replayed", "--golden")] = None,
+    model: Annotated[str | None, option("also try a checkpoint, e.g. tiny-llada", "--model")] = None,
+    examples: Annotated[int, option("canvases that are drawn per claim", "--examples", min=1)] = 20,
+    seed: Annotated[int, option("seed of the drawing", "--seed", min=0)] = 0,
+    format_: Annotated[str, option("text or json", "--format")] = "text",
+) -> None:
+    """Check that a policy keeps the contract; exits with 1 if a claim fails."""
+    from dcache.verify import source_of, verify  # hypothesis comes with it, which only this command needs
+
+    if format_ not in ("text", "json"):
+        raise UsageError(f"unknown format {format_!r}; choose text or json")
+    make_policy(policy)
+    source = source_of(policy)
+    told = f"{policy} ({source}), dcache {dcache.__version__}, {examples} examples per claim, seed {seed}"
+    verdicts = []
+    if format_ == "text":
+        print(printable(told), flush=True)
+    for verdict in verify(policy, examples=examples, seed=seed, golden=golden, model=model):
+        verdicts.append(verdict)
+        if format_ == "text":
+            print(printable(str(verdict)), flush=True)
+    counts = {status: sum(verdict.status == status for verdict in verdicts) for status in ("pass", "fail", "n/a")}
+    if format_ == "json":
+        data = {"policy": policy, "source": source, "dcache": dcache.__version__, "examples": examples, "seed": seed}
+        each = [verdict.as_data() for verdict in verdicts]
+        print(json.dumps(data | {"holds": not counts["fail"], "verdicts": each}, indent=2))
+    else:
+        print(f"{counts['pass']} pass, {counts['fail']} fail, {counts['n/a']} not applicable")
+    if counts["fail"]:
+        raise typer.Exit(1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

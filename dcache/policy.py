@@ -87,6 +87,10 @@ class CachePolicy(ABC):
     pairs_with: ClassVar[str | None] = None
     """The unmasker of the paper, e.g. ``"threshold(threshold=0.9,window=16)"``; used by ``--unmask paired``."""
 
+    exact: ClassVar[str | None] = None
+    """Knobs that make it equal to no cache, e.g. ``"interval=1"``; "" if every configuration is. Checked by
+    `dcache.testing` and ``dcache verify``."""
+
     config: PolicyConfig
 
     def __init_subclass__(cls, **more: Any) -> None:
@@ -109,6 +113,10 @@ class CachePolicy(ABC):
         Asked before anything is decoded; the caller gets a `UsageError` with the sentence.
         """
         return None
+
+    def exempt(self) -> Mapping[str, str]:
+        """Claims of `dcache.testing` that this configuration does not make, by name, each with the reason."""
+        return {}
 
     def begin(self, net: Network, state: State) -> None:  # noqa: B027 - most policies remember nothing
         """Host, once per batch: forget the past, allocate device tensors. Nothing survives between requests."""
@@ -155,6 +163,10 @@ class Filter(CachePolicy):
     def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:
         """What the inner policy refuses."""
         return self.inner.refuses(spec, unmasker)
+
+    def exempt(self) -> Mapping[str, str]:
+        """What the inner policy is exempt from."""
+        return self.inner.exempt()
 
     def begin(self, net: Network, state: State) -> None:
         """Begin the inner policy."""

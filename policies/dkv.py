@@ -65,6 +65,7 @@ class DKVCache(CachePolicy):
 
     paper = "dKV-Cache: The Cache for Diffusion Language Models, arXiv 2505.15781"
     pairs_with = "low-confidence"
+    exact = "variant=decode,interval=1"
     config: Config
 
     def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:

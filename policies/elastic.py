@@ -70,6 +70,7 @@ class ElasticCache(CachePolicy):
 
     paper = "Attention Is All You Need for KV Cache in Diffusion LLMs, arXiv 2510.14973"
     pairs_with = "threshold(threshold=0.9,window=16)"
+    exact = "refresh=always"
     config: Config
 
     def stores(self, spec: ModelSpec) -> dict[str, int]:

@@ -10,6 +10,7 @@ class NoCache(CachePolicy):
     """Recompute everything, always."""
 
     paper = "LLaDA: Large Language Diffusion Models, arXiv 2502.09992"
+    exact = ""
 
     def plan(self, state: State) -> Plan:
         """All rows."""

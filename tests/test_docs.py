@@ -204,6 +204,7 @@ def test_each_policy_has_a_page_with_the_headings_every_knob_and_its_default(nam
     page = path.read_text()
     assert re.match(rf"# `{name}`: \S", page), f"the page begins with '# `{name}`: the name of the method'"
     assert [heading for heading in HEADINGS if not re.search(rf"^## {heading}$", page, re.MULTILINE)] == []
+    assert f"](img/{name}.svg)" in page, f"the page shows its drawing; python tools/draw_rows.py {name} makes it"
     assert undocumented_knobs(built_in(plugins().policies)[name], section(page, "Knobs")) == []
     assert f"](../policies/{name}.md)" in (REFERENCE / "policies.md").read_text(), "the index has a line with its link"
 

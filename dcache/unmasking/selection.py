@@ -47,7 +47,7 @@ def prefix_by_factor(score: Tensor, eligible: Tensor, factor: float, variant: Fa
     """
     order, place = ranked(score, eligible)
     n = eligible.sum(-1, keepdim=True)
-    rank = torch.arange(1, order.shape[-1] + 1, device=order.device)
+    rank = torch.arange(1, order.shape[-1] + 1, device=order.device, dtype=score.dtype)
     sorted_score = score.gather(-1, order)
     if variant == "d2":
         passes = (rank + 1) * (1 - sorted_score) < factor

@@ -87,9 +87,9 @@ class WINO(Unmasker):
         if self.sampling.after_end == "decode":
             return np.zeros_like(commit)
         left = (state.masked & ~commit) | seen.remask
-        finished = ~(left & state.block).any(1)
+        finished: Bools = np.asarray(~(left & state.block).any(1))
         tokens = np.where(commit, seen.tokens, state.tokens)
         settled = (state.known | commit) & ~state.prompt & finished[:, None]
         end = first(settled & np.isin(tokens, state.spec.end_ids), -1)
-        behind: Bools = (np.arange(state.slots) > end[:, None]) & (end >= 0)[:, None]
+        behind: Bools = np.arange(state.slots) > np.where(end >= 0, end, state.slots)[:, None]
         return behind & state.masked & ~commit

@@ -34,7 +34,8 @@ class FastDLLMCase(LoopCase):
     @property
     def steps(self) -> list[Mapping[str, Any]]:
         """The recorded steps that dcache makes."""
-        steps, done = [], [set() for _ in range(self.data["batch"])]
+        steps: list[Mapping[str, Any]] = []
+        done: list[set[int]] = [set() for _ in range(self.data["batch"])]
         for step in self.data["steps"]:
             block = set(span(step["block_range"]))
             if any(block - known for known in done):

@@ -1,0 +1,267 @@
+"""One run with every pass watched from outside: what was written, what was counted, what was read back.
+
+Nothing here trusts the engine's books: rows are counted where `Layer.attend` and `Layer.write` are called, and stores
+are compared bit for bit around every pass.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from dcache.engine.layer import Layer
+from dcache.engine.packet import Packet
+from dcache.kernels.rows import put, take
+from dcache.policy import Plan
+from dcache.testing.runs import Canvas, Run
+from dcache.testing.subject import Subject
+
+BUCKETS = (4, 16, 64)  # row lists are padded, so that padding which is not one shows
+FRESH = 1e-4  # a projection in another shape of row list rounds differently
+
+READS = {
+    Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__bool__, Tensor.__int__, Tensor.__float__,
+    Tensor.__index__, Tensor.__array__, Tensor.nonzero, torch.nonzero, Tensor.masked_select, torch.masked_select,
+}  # fmt: skip
+
+
+class HostReads(TorchFunctionMode):
+    """Notes tensors whose values the host asks for, except those that it made itself: each is a sync on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._own: dict[int, Tensor] = {}  # kept alive, so that their ids stay theirs
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        foreign = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and id(x) not in self._own]
+        if foreign and func in READS:
+            self.found.append(f"{func.__name__} of a tensor of shape {tuple(foreign[0].shape)}")
+        out = func(*args, **kwargs)
+        if not foreign and kwargs.get("device") is None:
+            self._own.update((id(x), x) for x in tree_leaves(out) if isinstance(x, Tensor))
+        return out
+
+
+class Attention(TorchFunctionMode):
+    """Notes attention that a layer computes past `Layer.attend`, where nobody counts its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted, self.found = False, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= func is scaled_dot_product_attention and not self.counted
+        return func(*args, **(kwargs or {}))
+
+
+class Watch:
+    """Watches the passes of one run.
+
+    Attributes:
+        faults: what was found, by the claim that it breaks; each a sentence with step, sequence and position.
+        kept: rows that some pass reused, in one layer of one sequence.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.faults, self.kept = run, defaultdict[str, list[str]](list), 0
+        self.downloads = 0
+        self._reads, self._attention = HostReads(), Attention()
+        self._layer = run.policy.layer
+        self._at: Layer | None = None
+        self._here: list[Tensor] = []  # rows written in the layer that runs
+        self._counted: dict[str, np.ndarray] = {}
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return len(self.run.engine.layers), self.run.state.batch, self.run.state.slots
+
+    def note(self, claim: str, message: str) -> None:
+        """Keep a fault."""
+        self.faults[claim].append(message)
+
+    # -- the run --------------------------------------------------------------------------------------------------
+
+    def go(self) -> Watch:
+        """Decode, watching."""
+        engine, policy = self.run.engine, self.run.policy
+        run, rerun, plan, review = engine.run, engine.rerun, policy.plan, policy.review
+        vars(engine).update(
+            run=lambda plan, ask: self._step(plan, lambda: run(plan, ask)),
+            rerun=lambda plan, ask, seen: self._pass(plan, lambda: rerun(plan, ask, seen)),
+        )
+        vars(policy).update(
+            plan=self._on_host("plan", plan), review=self._on_host("review", review), layer=self._in_layer
+        )
+        try:
+            with self._hooks():
+                self.run.go()
+        finally:
+            for owner, names in ((engine, ("run", "rerun")), (policy, ("plan", "review", "layer"))):
+                for name in names:
+                    vars(owner).pop(name)
+        return self
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        """Count at the doors of the engine's classes."""
+        originals = {name: getattr(Layer, name) for name in ("attend", "write", "shadow")}
+        attend, write, shadow = originals.values()
+        download = Packet.download
+
+        def attending(at: Layer, rows: Tensor, q: Tensor) -> Tensor:
+            self._count("rows", at, rows)
+            self._attention.counted = True
+            try:
+                return attend(at, rows, q)
+            finally:
+                self._attention.counted = False
+
+        def writing(at: Layer, rows: Tensor, k: Tensor, v: Tensor) -> None:
+            self._count("kv_rows", at, rows)
+            self._here.append(rows)
+            write(at, rows, k, v)
+
+        def shadowing(at: Layer, rows: Tensor, h: Tensor) -> Tensor:
+            self._count("rows", at, rows)
+            out: Tensor = shadow(at, rows, h)
+            return out
+
+        def downloading(packet: Packet) -> None:
+            self.downloads += 1
+            download(packet)
+
+        hooks = {"attend": attending, "write": writing, "shadow": shadowing}
+        try:
+            for name, hook in hooks.items():
+                setattr(Layer, name, hook)
+            Packet.download = downloading  # type: ignore[method-assign]
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(Layer, name, original)
+            Packet.download = download  # type: ignore[method-assign]
+
+    def _on_host(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any) -> Any:
+            with self._reads:
+                out = call(*args)
+            for read in self._reads.found:
+                self.note("syncs", f"{self._step_text}: {name} asks for {read}, which waits for the device")
+            self._reads.found.clear()
+            return out
+
+        return watched
+
+    @property
+    def _step_text(self) -> str:
+        return f"step {int(self.run.state.step.max())}"
+
+    # -- one step, one pass, one layer ----------------------------------------------------------------------------
+
+    def _step(self, plan: Plan, call: Callable[[], Any]) -> Any:
+        self._counted = {name: np.zeros(self._shape, dtype=np.int64) for name in ("rows", "kv_rows")}
+        return self._pass(plan, call)
+
+    def _pass(self, plan: Plan, call: Callable[[], Any]) -> Any:
+        engine, state = self.run.engine, self.run.state
+        before = {name: [x.clone() for x in engine.stores.tensors[name]] for name in "KV"}
+        self._written = np.zeros(self._shape, dtype=bool)
+        self.downloads = 0
+        seen = call()
+        if self.downloads != 1:
+            self.note("syncs", f"{self._step_text}: the pass brought results to the host {self.downloads} times, not 1")
+        rows = plan.row_mask & state.valid & state.active[:, None]
+        for name, layers in before.items():
+            for index, old in enumerate(layers):
+                self._compare(name, index, old, engine.stores.tensors[name][index], rows)
+        self._books()
+        return seen
+
+    def _compare(self, name: str, index: int, old: Tensor, new: Tensor, rows: np.ndarray) -> None:
+        """Bits of a store around a pass."""
+        slots = self.run.state.slots
+        bits = old[:, :, :slots].view(torch.int32) != new[:, :, :slots].view(torch.int32)
+        moved = bits.any(-1).any(1).numpy()  # (batch, slots)
+        self.kept += int((self.run.state.valid & ~rows).sum())
+        for claim, allowed, why in (
+            ("kept", rows, "although the plan does not compute the row"),
+            ("fresh", self._written[index], "although the layer did not write the row with at.write"),
+        ):
+            for b, p in np.argwhere(moved & ~allowed)[:1]:
+                self.note(claim, f"{self._step_text}, sequence {b}, position {p}: {name} of layer {index} changed {why}")
+
+    def _books(self) -> None:
+        """The engine's count of the step so far against the hooks'."""
+        for name, mine in (("rows", self._counted["rows"]), ("kv_rows", self._counted["kv_rows"])):
+            count, told = mine.sum(-1), getattr(self.run.engine.count, name)
+            for index, b in np.argwhere(count != told)[:1]:
+                self.note(
+                    "books",
+                    f"{self._step_text}, sequence {b}, layer {index}: the engine reports {told[index, b]} {name}, "
+                    f"but {count[index, b]} were computed",
+                )
+            for b in np.flatnonzero((count.sum(0) > 0) & ~self.run.state.active)[:1]:
+                self.note("finished", f"{self._step_text}: {count[:, b].sum()} {name} of sequence {b}, which is finished")
+
+    def _in_layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        self._here = []
+        with self._attention:
+            stream = self._layer(at, rows, h)
+        if self._attention.found:
+            self._attention.found = False
+            self.note("books", f"{self._step_text}, layer {at.index}: attention past at.attend, so its rows are not counted")
+        inputs = torch.full((h.shape[0], at.dump + 1, h.shape[-1]), float("nan"), dtype=h.dtype)
+        put(inputs, rows, h)
+        for written in self._here:
+            self._projected(at, written, inputs)
+        return stream
+
+    def _projected(self, at: Layer, rows: Tensor, inputs: Tensor) -> None:
+        """K and V in the store against a projection of the layer's input by the model itself."""
+        h = take(inputs, rows)
+        if "H" in at.stores:
+            h = torch.where(h.isnan(), at.stored("H", rows), h)
+        model = self.run.canvas.model
+        block = list(model.blocks())[at.index]
+        _, *fresh = block.project(block.normed(h), *model.angles(rows.clamp_max(at.dump - 1)))
+        for name, expected in zip("KV", fresh, strict=True):
+            off = ~torch.isclose(at.stored(name, rows), expected, rtol=FRESH, atol=FRESH)
+            for lane, i in (off.any(-1).any(1) & (rows < at.dump)).nonzero()[:1].tolist():
+                found, want = at.stored(name, rows)[lane, :, i].flatten(), expected[lane, :, i].flatten()
+                self.note(
+                    "fresh",
+                    f"{self._step_text}, sequence {self._lanes(at, rows)[lane]}, position {int(rows[lane, i])}: {name} of "
+                    f"layer {at.index} is [{found[0]:.4f}, {found[1]:.4f}, ...], a fresh projection of the layer's input "
+                    f"is [{want[0]:.4f}, {want[1]:.4f}, ...]",
+                )
+
+    @staticmethod
+    def _lanes(at: Layer, rows: Tensor) -> list[int]:
+        """Number in the batch of each sequence that the pass runs."""
+        lanes: Tensor = getattr(at, "lanes", torch.arange(rows.shape[0]))
+        return lanes.tolist()
+
+    def _count(self, name: str, at: Layer, rows: Tensor) -> None:
+        for lane, b in enumerate(self._lanes(at, rows)):
+            mine = rows[lane][rows[lane] < at.dump].numpy()
+            np.add.at(self._counted[name][at.index, b], mine, 1)
+            if name == "kv_rows":
+                self._written[at.index, b, mine] = True
+
+
+@lru_cache(maxsize=64)
+def watched(subject: Subject, canvas: Canvas) -> Watch:
+    """The watched run of a subject on a canvas; several claims read it."""
+    return Watch(Run(subject.policy, canvas, buckets=BUCKETS)).go()

@@ -1,0 +1,428 @@
+"""Planted faults: policies and parts of the engine that are wrong in one way each, and the claim that finds it.
+
+What the faults are planted in, `Periodic`, is right: it passes every claim as `examples/periodic`.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dcache import CachePolicy, Plan, PolicyConfig, State
+from dcache.engine import layer as engine_layer
+from dcache.engine.layer import Layer
+from dcache.kernels.attend import attend
+from dcache.testing import Canvas, Exact, Subject, hold, search
+from dcache.testing.claims import CLAIMS
+
+UNMASK = ("low-confidence", "threshold(threshold=0.3)", "pausing", "remasking")
+
+
+class Periodic(CachePolicy):
+    class Config(PolicyConfig):
+        period: int = Field(100, ge=1)
+
+    exact = "period=1"
+    config: Config
+
+    def full(self, state: State) -> np.ndarray:
+        return (state.step % self.config.period == 0)[:, None] & state.valid
+
+    def plan(self, state: State) -> Plan:
+        full = self.full(state)
+        rows = state.masked | state.changed | state.needed | full
+        return Plan(rows, "full" if (rows >= state.valid).all() else "reuse")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A wrong policy, and the claim that must find it."""
+
+    policy: Any
+    claim: str
+    says: str = ""
+
+
+FAULTS: list[Fault] = []
+
+
+def found_by(claim: str, says: str = "", **knobs: Any) -> Callable[[Any], Any]:
+    """Enter a policy in the list of faults; `says` is a pattern in the verdict."""
+    assert claim in CLAIMS
+
+    def enter(policy: Any) -> Any:
+        FAULTS.append(Fault(policy, claim, says))
+        return policy
+
+    return enter
+
+
+EXACT = "the_exact_configuration_commits_what_no_cache_commits"
+FRESH = "written_keys_and_values_are_fresh_projections"
+RUNS = "decodes_every_canvas_to_the_end"
+BATCH = "a_batch_decodes_each_sequence_as_if_it_were_alone"
+REPLAY = "a_recorded_pass_replays_to_the_same_run"
+SEED = "the_same_seed_gives_the_same_run"
+PLAIN = "the_exact_configuration_computes_what_the_plain_forward_computes"
+BOOKS = "accounting_equals_a_counting_hook"
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+@found_by("a_committed_row_is_computed_again_with_its_token", r"committed in step \d+ and not computed since")
+class KeepsTheKeyOfTheMask(Periodic):
+    def plan(self, state: State) -> Plan:
+        return Plan(state.masked | state.needed | self.full(state))
+
+
+@found_by(EXACT, "must equal none")
+class DelayOfZero(Periodic):
+    """Delayed caching without the delay; what is claimed of one layer shows it."""
+
+    exact = None
+
+    def plan(self, state: State) -> Plan:
+        return Plan(state.masked | state.needed | self.full(state))
+
+
+@found_by(EXACT, r"expected token|expected no commit|found confidence")
+class ForgetsTheRefresh(Periodic):
+    def full(self, state: State) -> np.ndarray:
+        return (state.step == 0)[:, None] & state.valid
+
+
+@found_by(RUNS, r"has committed nothing for 8 steps; of its window, positions \[\d+\] were not predicted")
+class WindowOneShort(Periodic):
+    def plan(self, state: State) -> Plan:
+        needed = state.needed
+        last = needed.shape[1] - 1 - needed[:, ::-1].argmax(1)
+        short = needed & (np.arange(state.slots) != last[:, None])
+        return Plan(short | state.changed | self.full(state))
+
+
+@found_by(RUNS, "logit shift of 1")
+class RowsOfTheWindowItself(Periodic):
+    """Right without a logit shift."""
+
+    def plan(self, state: State) -> Plan:
+        return Plan(state.masked | state.changed | self.full(state))
+
+
+@found_by(RUNS, r"State\.needed\) did not reach the last layer|compute State\.needed")
+class DropsTheWindow(Periodic):
+    def plan(self, state: State) -> Plan:
+        return Plan(state.changed | state.prompt | self.full(state))
+
+
+@found_by(BATCH, "the sequence alone|the same sequence alone")
+class MixesTheBatchOnTheHost(Periodic):
+    def plan(self, state: State) -> Plan:
+        return Plan(state.masked | state.changed.any(0) & state.valid | state.needed | self.full(state))
+
+
+@found_by(BATCH)
+class DependsOnTheWidthOfTheCanvas(Periodic):
+    def full(self, state: State) -> np.ndarray:
+        return (state.step % (1 + state.slots % 7) == 0)[:, None] & state.valid
+
+
+@found_by("re_masked_rows_are_decoded_again", "unmasker remasking")
+class ForgetsThatRowsAreMaskedAgain(Periodic):
+    def begin(self, net: Any, state: State) -> None:
+        self.done = state.prompt.copy()
+
+    def plan(self, state: State) -> Plan:
+        self.done |= state.known
+        return Plan(state.rows_for(state.masked & ~self.done) | state.changed | self.full(state))
+
+
+# -- what a layer writes ----------------------------------------------------------------------------------------------
+
+
+class Writes(Periodic):
+    """A layer taken apart."""
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = at.project(rows, h)
+        self.write(at, rows, k, v)
+        return rows, at.finish(h, at.attend(rows, q))
+
+
+@found_by(FRESH, r"position \d+: K of layer \d+ is \[.*a fresh projection of the layer's input is \[")
+class RotatesTwice(Writes):
+    def write(self, at: Layer, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        at.write(rows, at.rope(k, rows), v)
+
+
+@found_by(FRESH, "K of layer 0")
+class WritesOneToTheLeft(Writes):
+    def write(self, at: Layer, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        at.write(rows, k, v)
+        at.write((rows - 1).clamp_min(0), k, v)
+
+
+@found_by(FRESH, "V of layer 0")
+class WritesNoValue(Writes):
+    def write(self, at: Layer, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        at.write(rows, k, v if at.kind == "full" else at.stored("V", rows))
+
+
+@found_by(FRESH, "2 sequences|3 sequences|sequences of")
+class WritesTheKeysOfAnotherSequence(Writes):
+    def write(self, at: Layer, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        at.write(rows, k.roll(1, 0), v)
+
+
+@found_by(FRESH, "did not write the row with at.write")
+class WritesPastTheBooks(Writes):
+    def write(self, at: Layer, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        at.store("K", rows, k)
+        at.store("V", rows, v)
+
+
+@found_by("reused_rows_keep_their_bits", "although the plan does not compute the row")
+class WritesPaddingAsRows(Writes):
+    def write(self, at: Layer, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        at.write(rows.clamp_max(at.dump - 1), k, v)
+        at.write(rows, k, v)
+
+
+# -- what a layer reads -----------------------------------------------------------------------------------------------
+
+
+@found_by("an_idle_step_changes_no_logits", "no token changed, yet its logits moved")
+class ReusesTheOutputOfAnotherLayer(Periodic):
+    def stores(self, spec: Any) -> dict[str, int]:
+        return {"C": spec.d_model}
+
+    def begin(self, net: Any, state: State) -> None:
+        self.layers = net.layers
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        if at.kind == "full":
+            at.store("C", rows, at.output(at.attend(rows, at.refresh(rows, h))))
+            mixed = at.stored("C", rows)
+        else:
+            mixed = self.layers[0].stored("C", rows)
+        return rows, h + mixed + at.ffn(h + mixed)
+
+
+@found_by(RUNS, "NumericsError: .*not finite")
+class ReadsKeysThatNobodyWrote(Periodic):
+    def plan(self, state: State) -> Plan:
+        seen = state.prompt | state.needed | state.known
+        return Plan(seen, visible=seen)
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        every = torch.arange(at.dump).expand(rows.shape[0], -1)
+        mean = at.stored("K", every).mean((1, 2, 3))[:, None, None]
+        return at.compute(rows, h + 0 * mean)
+
+
+@found_by(BOOKS, "attention past at.attend")
+class CountsNoRows(Periodic):
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        q = at.refresh(rows, h)
+        o = attend(q, *at._keys(), at.visible).transpose(1, 2).flatten(2)
+        return rows, at.finish(h, o)
+
+
+@found_by("padding_of_row_lists_changes_nothing", "without padding")
+class DependsOnThePaddingOfRows(Periodic):
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return at.compute(rows, h * (1 + 0.05 * rows.shape[1]))
+
+
+# -- capture, seeds, memory -------------------------------------------------------------------------------------------
+
+
+@found_by(REPLAY, "the eager run; this one replayed|eager run")
+class BranchesOnItsStep(Periodic):
+    """`Plan.kind` does not name what `layer` branches on."""
+
+    def plan(self, state: State) -> Plan:
+        self.odd = bool(state.step.max() % 2)
+        return replace(super().plan(state), kind="")
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        rows, h = at.compute(rows, h)
+        return rows, h * 0.5 if self.odd else h
+
+
+@found_by(REPLAY, "SyncError: .*cannot be captured")
+class AsksTheDeviceInALayer(Periodic):
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        scale = 1.0 if h.abs().max().item() < 1e6 else 0.5
+        return at.compute(rows, h * scale)
+
+
+@found_by("a_pass_syncs_once_and_plans_read_nothing_from_the_device", "plan asks for item .* waits for the device")
+class AsksTheDeviceInAPlan(Periodic):
+    def begin(self, net: Any, state: State) -> None:
+        self.seen = net.buffer("seen", (state.batch,), torch.int64)
+
+    def plan(self, state: State) -> Plan:
+        return super().plan(state) if self.seen.sum().item() < 1 else Plan.all(state)
+
+
+@found_by("a_second_run_on_the_same_engine_is_the_first_again", "the first run on a fresh engine")
+class SurvivesABatch(Periodic):
+    steps = 0
+
+    def full(self, state: State) -> np.ndarray:
+        self.steps += 1
+        due = (self.steps % 3 == 0) | (state.step == 0)
+        return due[:, None] & state.valid
+
+
+@found_by(SEED)
+class DrawsFromAGenerator(Periodic):
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return at.compute(rows, h + 0.01 * torch.randn(h.shape))
+
+
+@found_by(SEED, "the row is")
+class DrawsRowsFromAGenerator(Periodic):
+    def plan(self, state: State) -> Plan:
+        chance = np.random.random(state.valid.shape) < 0.3
+        return Plan(super().plan(state).row_mask | chance & state.valid)
+
+
+@found_by("every_byte_is_reported_and_returned", "outlive the engine and the policy|bytes are held")
+class KeepsEverything(Periodic):
+    kept: list[Tensor] = []
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        self.kept.append(h)
+        return at.compute(rows, h)
+
+
+@found_by("every_unmasker_works_or_is_refused_with_a_reason", "no sentence")
+class RefusesWithoutAReason(Periodic):
+    def refuses(self, spec: Any, unmasker: Any) -> str | None:
+        return "no" if unmasker.name == "low-confidence" else None
+
+
+@found_by("every_unmasker_works_or_is_refused_with_a_reason", r"unmasker remasking, logit shift 0: IndexError")
+class CrashesWithAnUnmasker(Periodic):
+    def plan(self, state: State) -> Plan:
+        if state.seen is not None and (state.seen.taken.sum(1) > 1).any():
+            _ = state.valid[:, state.slots]
+        return super().plan(state)
+
+
+# -- what the engine refuses ------------------------------------------------------------------------------------------
+
+
+@found_by(RUNS, r"PolicyError: policy 'FlatMask', step 0: row_mask has shape \(\d+,\), expected .*add a batch axis")
+class FlatMask(Periodic):
+    def plan(self, state: State) -> Plan:
+        return Plan(state.valid[0])
+
+
+@found_by(RUNS, r"PolicyError: .*layer 0 returned rows .*expected ascending positions in 0\.\.\d+")
+class RepeatsARow(Periodic):
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        rows, h = at.compute(rows, h)
+        return torch.cat([rows[:, :1], rows], 1), torch.cat([h[:, :1], h], 1)
+
+
+@found_by(RUNS, r"PolicyError: .*layer 0 returned rows|IndexError|index .* out of bounds")
+class RowsOutOfRange(Periodic):
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        rows, h = at.compute(rows, h)
+        return rows + at.dump, h
+
+
+def subject_of(policy: Any, **more: Any) -> Subject:
+    exact = [Exact(policy, n_layers=1)] if policy is DelayOfZero else None
+    return Subject(policy, exact, unmask=UNMASK, **more)
+
+
+def verdict_on(claim: str, subject: Subject) -> search.Verdict:
+    return search.judge(CLAIMS[claim], subject, examples=8)
+
+
+def readable(verdict: search.Verdict) -> bool:
+    """It names the claim, the place, what is wrong, and the smallest example with the code that reproduces it."""
+    text = str(verdict)
+    parts = [verdict.text, "smallest failing example: random model", "(prompt + masked) rows", f"hold({verdict.claim!r}"]
+    return all(part in text for part in parts) and re.search(r"step \d|layer \d|tensors? of shape|unmasker", text) is not None
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "SHRINK_S", 2.0)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.policy.__name__)
+def test_a_planted_fault_is_found_by_the_claim_that_it_breaks(fault: Fault) -> None:
+    verdict = verdict_on(fault.claim, subject_of(fault.policy))
+    assert verdict.status == "fail", f"{fault.policy.__name__} passes {fault.claim}"
+    assert re.search(fault.says, str(verdict), re.S), str(verdict)
+    assert readable(verdict), str(verdict)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A part of the engine that is wrong, and the claim that must find it."""
+
+    name: str
+    claim: str
+    owner: Any
+    attribute: str
+    wrong: Callable[[Any], Any]
+
+
+def twice_rotated(project: Any) -> Any:
+    def wrong(at: Layer, rows: Tensor, h: Tensor) -> Any:
+        q, k, v = project(at, rows, h)
+        return at.rope(q, rows), at.rope(k, rows), v
+
+    return wrong
+
+
+def of_another_sequence(put: Any) -> Any:
+    return lambda x, rows, y, *lanes: put(x, rows, y.roll(1, 0), *lanes)
+
+
+BROKEN = [
+    Broken("keys rotated twice", PLAIN, Layer, "project", twice_rotated),
+    Broken("rows counted twice", BOOKS, Layer, "_count", lambda count: lambda at, *a: (count(at, *a), count(at, *a))),
+    Broken("rows of another sequence", FRESH, engine_layer, "put", of_another_sequence),
+    Broken("a logit shift forgotten", RUNS, State, "rows_for", lambda rows_for: lambda state, rows: rows & state.valid),
+    Broken("attention to slots that do not exist", BATCH, Layer, "visible", lambda visible: None),
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
+def test_a_fault_of_the_engine_is_found(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broken.owner, broken.attribute, broken.wrong(getattr(broken.owner, broken.attribute)))
+    verdict = verdict_on(broken.claim, subject_of(Periodic))
+    assert verdict.status == "fail", f"{broken.name} passes {broken.claim}"
+    assert readable(verdict), str(verdict)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_what_the_faults_are_planted_in_has_none(name: str) -> None:
+    verdict = search.judge(CLAIMS[name], subject_of(Periodic, equals=[(Periodic, Periodic)]), examples=3)
+    assert verdict.status == "pass", str(verdict)
+
+
+def test_the_snippet_of_a_verdict_reproduces_it() -> None:
+    verdict = verdict_on(FRESH, subject_of(RotatesTwice))
+    names = {"RotatesTwice": RotatesTwice, "Canvas": Canvas, "Exact": Exact, "Subject": Subject, "hold": hold}
+    with pytest.raises(AssertionError, match=re.escape(verdict.detail)):
+        exec(verdict.snippet, names)
+
+
+def test_the_smallest_example_is_small() -> None:
+    verdict = verdict_on(FRESH, subject_of(RotatesTwice))
+    assert "1 sequence of 1 + 4 (prompt + masked) rows" in verdict.example
