@@ -65,7 +65,7 @@ def go(
     model = on(device, seed, shift)
     sampling = (sampling or Sampling(temperature=0.5)).model_copy(update={"seed": seed})
     state = State(model.spec, PROMPTS, [16, 12, 8], 4, guided=sampling.guidance > 0)
-    made = Engine(model, make_policy(policy), make_unmasker(unmask, sampling), debug=True, **engine)  # type: ignore[arg-type]
+    made = Engine(model, make_policy(policy), make_unmasker(unmask, sampling), **{"debug": True} | engine)  # type: ignore[arg-type]
     return decode(made, state), made
 
 
@@ -117,8 +117,8 @@ def test_a_pass_has_no_sync_but_its_download(policy: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Engine, "_run", strict)
     monkeypatch.setattr(Packet, "download", waiting)
-    go("cuda", policy, unmask="wino(wide_in=0.3)")  # shadow rows included
-    go("cuda", policy, unmask="klass", shift=1)
+    go("cuda", policy, unmask="wino(wide_in=0.3)", debug=False)  # shadow rows included
+    go("cuda", policy, unmask="klass", shift=1, debug=False)
     assert calls["passes"] == calls["downloads"] > 0
 
 
