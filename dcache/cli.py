@@ -268,7 +268,9 @@ def policies(
 @app.command()
 def verify(
     policy: Annotated[str, typer.Argument(help="an installed policy, e.g. 'dkv(interval=4)'")],
-    golden: Annotated[Path | None, option("folder of recorded runs; those of the policy are replayed", "--golden")] = None,
+    golden: Annotated[
+        Path | None, option("folder of recorded runs; those of the policy are replayed", "--golden")
+    ] = None,
     model: Annotated[str | None, option("also try a checkpoint, e.g. tiny-llada", "--model")] = None,
     examples: Annotated[int, option("canvases that are drawn per claim", "--examples", min=1)] = 20,
     seed: Annotated[int, option("seed of the drawing", "--seed", min=0)] = 0,

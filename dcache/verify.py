@@ -97,7 +97,11 @@ def _on_model(subject: Subject, policy: str, name: str, seed: int) -> Iterator[V
     except UsageError as error:
         yield Verdict("model:agreement", f"it decodes {where}", "n/a", str(error))
         return
-    same = [i == j for out, want in zip(outputs, reference, strict=True) for i, j in zip(out.canvas, want.canvas, strict=True)]
+    same = [
+        i == j
+        for out, want in zip(outputs, reference, strict=True)
+        for i, j in zip(out.canvas, want.canvas, strict=True)
+    ]
     share = sum(out.trace.row_share for out in outputs) / len(outputs)
     told = f"agrees with none in {sum(same)} of {len(same)} tokens, computing {share:.0%} of the rows"
     yield Verdict("model:agreement", f"it decodes {where}: {told}", "pass")

@@ -92,10 +92,12 @@ class D2Cache(CachePolicy):
             "block, as released; up to the end of a block, the current one first; or all (paper)",
         )
         nucleus: Literal["below", "above"] = Field(
-            "below", description="rollout mass stays below rollout_p, one row at least, as released; or passes it (paper)"
+            "below",
+            description="rollout mass stays below rollout_p, one row at least, as released; or passes it (paper)",
         )
         couple_batch: bool = Field(
-            False, description="as released: one bias for the batch, and rows topped up to those of its fullest sequence"
+            False,
+            description="as released: one bias for the batch, and rows topped up to those of its fullest sequence",
         )
         refresh: Literal["never", "always"] = Field(
             "never", description="always recomputes every row at every step: a debugging aid, equal to no cache"

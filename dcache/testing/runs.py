@@ -160,7 +160,7 @@ class Run:
         return self
 
     def again(self, draw: int = 0) -> Run:
-        """Decode once more on the same engine, from the beginning; other prompts of the same shape if `draw` is not 0."""
+        """Decode once more on the same engine, from the beginning; with other prompts if `draw` is not 0."""
         self.state = self.canvas.state(self.only, draw)
         return self.go()
 
