@@ -35,7 +35,23 @@ def first(mask: Bools, otherwise: int) -> Ints:
 
 def highest(score: np.ndarray, among: Bools, count: Ints | int) -> Bools:
     """Mark the `count` (batch,) highest scores (batch, n) of `among`, or all if they are fewer; ties go left."""
-    order = np.argsort(np.where(among, -score, np.inf), axis=-1, kind="stable")
-    place = np.empty_like(order)
-    np.put_along_axis(place, order, np.arange(order.shape[-1])[None], -1)
-    return among & (place < np.reshape(count, (-1, 1)))
+    chosen = np.zeros_like(among)
+    for b, wanted in enumerate(np.broadcast_to(count, len(among))):
+        index = np.flatnonzero(among[b])
+        if 0 < wanted < len(index):  # a partition, because a stable sort of 4,096 costs 0.7 ms
+            value = score[b, index]
+            cut = np.partition(value, -wanted)[-wanted]
+            ties = index[value == cut]
+            chosen[b, index[value > cut]] = True
+            chosen[b, ties[: wanted - np.count_nonzero(value > cut)]] = True
+        elif wanted > 0:
+            chosen[b, index] = True
+    return chosen
+
+
+def close_gaps(mask: Bools, width: int) -> Bools:
+    """Also mark what lies between two true entries of a row of `mask` (batch, n) at most `width` apart."""
+    place, far = np.arange(mask.shape[1]), mask.shape[1] + width + 1
+    before = np.maximum.accumulate(np.where(mask, place, -far), axis=1)
+    after = np.minimum.accumulate(np.where(mask, place, 2 * far)[:, ::-1], axis=1)[:, ::-1]
+    return mask | (after - before <= width)

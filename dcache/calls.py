@@ -16,7 +16,7 @@ Value: TypeAlias = bool | int | float | str | None
 
 NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
 KNOB = re.compile(r"[a-z_][a-z0-9_]*")
-WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.:+-]*")
+WORD = re.compile(r"[A-Za-z_/][A-Za-z0-9_.:+/-]*|\.{1,2}/[A-Za-z0-9_.:+/-]*")  # a file's path is a word too
 CONSTANTS: dict[str, Value] = {"true": True, "false": False, "none": None}
 
 

@@ -61,6 +61,10 @@ Unmask = Annotated[str | None, setting(DecodeSettings, "unmask")]
 Temperature = Annotated[float | None, setting(DecodeSettings, "temperature")]
 Seed = Annotated[int | None, setting(DecodeSettings, "seed")]
 ForbidEos = Annotated[bool | None, setting(DecodeSettings, "forbid_eos")]
+Rule = Annotated[str | None, setting(DecodeSettings, "confidence")]
+TopP = Annotated[float | None, setting(DecodeSettings, "top_p")]
+TopK = Annotated[int | None, setting(DecodeSettings, "top_k")]
+Guidance = Annotated[float | None, setting(DecodeSettings, "guidance")]
 EosLast = Annotated[str | None, setting(DecodeSettings, "eos_last")]
 AfterEnd = Annotated[str | None, setting(DecodeSettings, "after_end")]
 BatchSize = Annotated[int | None, setting(DecodeSettings, "batch_size")]
@@ -112,6 +116,10 @@ def compare(
     block_length: BlockLength = None,
     unmask: Unmask = None,
     temperature: Temperature = None,
+    confidence: Rule = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    guidance: Guidance = None,
     seed: Seed = None,
     forbid_eos: ForbidEos = None,
     eos_last: EosLast = None,
@@ -128,8 +136,8 @@ def compare(
         raise UsageError(f"--prompts replaces the task; leave {'--task' if task else '--split'} out")
     settings = given(
         split=split, limit=limit, repeats=repeats, gen_length=gen_length, block_length=block_length, unmask=unmask,
-        temperature=temperature, seed=seed, forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end,
-        batch_size=batch_size,
+        temperature=temperature, confidence=confidence, top_p=top_p, top_k=top_k, guidance=guidance, seed=seed,
+        forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end, batch_size=batch_size,
     )  # fmt: skip
     source: Task | str | None = task if prompts is None else Prompts(prompts)
     experiment = Experiment(policy_calls(policies, set_ or [], sweep or []), source, **settings)
@@ -190,6 +198,10 @@ def generate(
     block_length: BlockLength = None,
     unmask: Unmask = None,
     temperature: Temperature = None,
+    confidence: Rule = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    guidance: Guidance = None,
     seed: Seed = None,
     forbid_eos: ForbidEos = None,
     eos_last: EosLast = None,
@@ -202,8 +214,9 @@ def generate(
     """Decode one prompt to stdout; or a file of prompts, to one JSON object per line."""
     settings = settings_from(
         **given(
-            gen_length=gen_length, block_length=block_length, unmask=unmask, temperature=temperature, seed=seed,
-            forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end, batch_size=batch_size,
+            gen_length=gen_length, block_length=block_length, unmask=unmask, temperature=temperature,
+            confidence=confidence, top_p=top_p, top_k=top_k, guidance=guidance, seed=seed, forbid_eos=forbid_eos,
+            eos_last=eos_last, after_end=after_end, batch_size=batch_size,
         )
     )  # fmt: skip
     if (prompt is None) == (prompts is None):

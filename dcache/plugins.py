@@ -54,9 +54,12 @@ class BuiltIns:
     def register_unmaskers(self, register: Register) -> None:
         """Unmaskers."""
         from dcache.unmasking.confidence import CertaintyPrior, Entropy, LowConfidence, Margin, Random, Threshold
+        from dcache.unmasking.klass import KLASS
         from dcache.unmasking.order import LeftToRight, RandomOrder
         from dcache.unmasking.origin import Origin
         from dcache.unmasking.parallel import EntropyBounded, Factor
+        from dcache.unmasking.pc import PCSampler
+        from dcache.unmasking.wino import WINO
 
         register("low-confidence", LowConfidence)
         register("margin", Margin)
@@ -66,6 +69,9 @@ class BuiltIns:
         register("factor", Factor)
         register("eb", EntropyBounded)
         register("certainty-prior", CertaintyPrior)
+        register("klass", KLASS)
+        register("pc", PCSampler)
+        register("wino", WINO)
         register("origin", Origin)
         register("random-order", RandomOrder)
         register("ar", LeftToRight)

@@ -23,8 +23,9 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -231,6 +232,7 @@ def heading(conditions: Conditions) -> list[str]:
     problems = f"{c.n_problems} problem{'s' * (c.n_problems != 1)}"
     extras = [f"batch {run['batch_size']}"] * (run["batch_size"] > 1)
     extras += [f"temperature {run['temperature']:g}"] * (run["temperature"] > 0)
+    extras += _sampling(run)
     extras += ["end-of-text forbidden"] * bool(run["forbid_eos"])
     extras += [f"eos-last {run['eos_last']}"] * (run["eos_last"] != "off")
     extras += [f"after-end {run['after_end']}"] * (run["after_end"] != DecodeSettings.model_fields["after_end"].default)
@@ -246,6 +248,16 @@ def heading(conditions: Conditions) -> list[str]:
     repeats = [f"{c.repeats} repeats"] * (c.repeats > 1)
     first = f"{c.model} ({weights}), {c.dtype}, {place}, torch {c.torch.partition('+')[0]}, dcache {c.dcache};"
     return [printable(first), printable(", ".join([*parts, f"seed {c.seed}", *repeats]))]
+
+
+def _sampling(run: Mapping[str, Any]) -> list[str]:
+    """What is not usual in how tokens are drawn; results of an earlier version state less."""
+    rule, top_p, top_k = run.get("confidence", "plain"), run.get("top_p"), run.get("top_k")
+    guidance = run.get("guidance", 0.0)
+    found = [] if rule == "plain" else [f"confidence {rule}"]
+    found += [] if top_p is None else [f"top-p {top_p:g}"]
+    found += [] if top_k is None else [f"top-k {top_k}"]
+    return found + ([f"guidance {guidance:g}"] if guidance > 0 else [])
 
 
 def _unmask(conditions: Conditions) -> str:

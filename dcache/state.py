@@ -178,6 +178,12 @@ class State:
             rows = np.concatenate([rows[:, :1] | rows[:, 1:2], rows[:, 2:], np.zeros_like(rows[:, :1])], axis=1)
         return rows
 
+    def predicted_by(self, rows: Bools) -> Bools:
+        """Positions that `rows` (batch, slots) predict: the same, or each one `spec.shift` to the right."""
+        for _ in range(self.spec.shift):
+            rows = np.concatenate([rows[:, :1], rows[:, :-1]], axis=1)
+        return rows & self.valid
+
     def expect(self, ask: Ask) -> Ask:
         """Take over what the unmasker asks for in this step; returns it, checked."""
         for name, mask in (("window", ask.window), ("block", ask.block), ("read", ask.read)):

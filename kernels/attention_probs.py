@@ -46,8 +46,9 @@ def probs(q: Tensor, k: Tensor, visible: Tensor | None = None) -> Tensor:
 def received_ref(q: Tensor, k: Tensor, weight: Tensor, visible: Tensor | None) -> Tensor:
     """The torch twin of `received`."""
     total = torch.zeros(k.shape[0], k.shape[2], device=k.device)
-    for rows, share in zip(q.split(ROWS_AT_ONCE, 2), weight.to(torch.float32).split(ROWS_AT_ONCE, 1), strict=True):
-        total += torch.einsum("bhij,bi->bj", probs_ref(rows, k, visible), share)
+    for first in range(0, q.shape[2], ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        total += torch.einsum("bhij,bi->bj", probs_ref(q[:, :, rows], k, visible), weight[:, rows].to(torch.float32))
     return total
 
 

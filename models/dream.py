@@ -104,7 +104,9 @@ class Dream(Family):
         slots = {"model.embed_tokens.weight": Slot("embedding"), "model.norm.weight": Slot("norm")}
         slots |= {} if spec.tied_head else {"lm_head.weight": Slot("head")}
         for i in range(spec.n_layers):
-            slots |= {f"model.layers.{i}.{name}": Slot(f"layers.{i}.{s.parameter}", s.rows) for name, s in block.items()}
+            slots |= {
+                f"model.layers.{i}.{name}": Slot(f"layers.{i}.{s.parameter}", s.rows) for name, s in block.items()
+            }
         return slots
 
     def tokenizer(self, folder: Path) -> Tokenizer | None:

@@ -135,7 +135,9 @@ class Tokenizer:
                 messages=messages, add_generation_prompt=True, tools=None, documents=None, **self._names
             )
         except _Refused as error:
-            raise UsageError(f"the chat template of {self._source} refuses these messages: {one_line(error)}") from error
+            raise UsageError(
+                f"the chat template of {self._source} refuses these messages: {one_line(error)}"
+            ) from error
         except Exception as error:  # a template may divide by zero or index past an end
             raise ModelError(f"the chat template of {self._source} fails: {one_line(error)}") from error
 

@@ -1,28 +1,22 @@
 """d²Cache: recompute the masks that will be decoded soon and the tokens that attention flows to.
 
 Jiang et al., "d²Cache: Accelerating Diffusion-Based LLMs via Dual Adaptive Caching", arXiv 2509.23094; released code
-Kamichanw/d2Cache. Masks settle shortly before they are decoded, which is likely where a mask is confident *and* has
-known neighbours (stage 1, certainty prior); of the rest, the few tokens that the others attend to matter (stage 2,
-attention rollout). The first pass computes everything; every later one the rows chosen after the pass before it.
+Kamichanw/d2Cache. A mask changes most shortly before it is decoded, likely where it is confident *and* has known
+neighbours (stage 1, certainty prior); of the rest, what others attend to matters (stage 2, attention rollout). The
+first pass computes everything, each later one the rows chosen after the pass before it.
 
 ====================  ===================================================================================
 ``M*``                ``Selection.prior``: up to ``current_k`` masked positions
 ``D(i)``, ``sigma``   `densities`: how much around a position is known
-``s``                 ``Selection.score``: confidence times density
 ``N``                 ``state.changed``: committed by the previous step; the paper does not mention them
 ``C^L``, ``v``        report "importance": column sums of the rollout, one per key position
 ``U``, ``p``          ``Selection.nucleus``, ``rollout_p``
 ====================  ===================================================================================
 
-Rollout (`_rollout`): ``C^L = W^L ... W^1`` with ``W`` half a row of head-averaged attention and half the identity for a
-computed row, and the identity for another. Its column sums are ``1 W^L ... W^1``, one vector times one matrix per layer
-from the last to the first, and a vector times attention is `Layer.received`: what is held is the queries of the pass,
-never anything that grows with the square of the sequence.
-
-The released code differs from the paper, and some of that is a slip which decides its output; it is the default. The
-knobs ``confidence``, ``search`` and ``nucleus`` have the other reading. Departures: a masked position whose row was not
-computed is no candidate (there it has a uniform guess), so a row that predicts the unmasker's window is forced in where
-the selection has none; sequences of a batch are independent unless ``couple_batch``.
+The released code differs from the paper, and some of that is a slip which decides its output; it is the default, and
+the knobs ``confidence``, ``search`` and ``nucleus`` have the other reading. Departures: a masked position whose row was
+not computed is no candidate (there it has a uniform guess), so one of the unmasker's window is predicted in any case;
+sequences of a batch are independent unless ``couple_batch``. ``docs/policies/d2.md`` has the rest.
 """
 
 from __future__ import annotations
@@ -37,7 +31,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from dcache.arrays import Bools, first, highest
+from dcache.arrays import Bools, close_gaps, first, highest
 from dcache.density import densities
 from dcache.policy import CachePolicy, Plan, PolicyConfig, State
 
@@ -51,15 +45,17 @@ class Selection:
     """Rows of the next pass and what led to them, all (batch, slots).
 
     Attributes:
-        score: float64, stage 1: confidence times density, plus the bias of the block.
-        prior: positions that stage 1 wants predicted.
-        early: rows that predict them, save the last of the prompt, and rows whose token is new.
+        score: confidence times density, plus the bias of the block.
+        prior: M*, positions that stage 1 wants predicted.
+        importance: column sums of the rollout.
+        early: rows that predict M*, save the last of the prompt, and rows whose token is new.
         nucleus: rows that stage 2 adds.
         rows: all of it, with the rule for the last prompt row and gaps closed; before any top-up.
     """
 
     score: NDArray[np.float64]
     prior: Bools
+    importance: NDArray[np.float64]
     early: Bools
     nucleus: Bools
     rows: Bools
@@ -71,34 +67,22 @@ class D2Cache(CachePolicy):
     class Config(PolicyConfig):
         """Knobs of `D2Cache`; defaults of the released configuration file."""
 
-        rollout_p: float = Field(
-            0.1, ge=0, le=1, description="share of the rollout mass of the remaining rows that is recomputed, 0 to 1"
-        )
+        rollout_p: float = Field(0.1, ge=0, le=1, description="share of the other rows' importance that is recomputed")
         current_k: int = Field(32, ge=1, le=2**31 - 1, description="masked positions predicted per step, at most")
         sigma: float = Field(10.0, gt=0, description="width of the certainty density, in positions")
         inflate_w: int = Field(
-            0,
-            ge=0,
-            le=2**31 - 1,
-            description="also compute what lies between two chosen rows at most this many positions apart; "
-            "released with 0, and 4 for semi-autoregressive blocks",
+            0, ge=0, le=2**31 - 1, description="fill gaps between rows at most this far apart; released: 0, in blocks 4"
         )
         confidence: Literal["first", "latest"] = Field(
             "first", description="scores use the confidences of the first step for ever, as released, or the latest"
         )
         search: Literal["released", "blocks", "all"] = Field(
-            "released",
-            description="masks that may be chosen: up to a multiple of the count still masked in the last step's "
-            "block, as released; up to the end of a block, the current one first; or all (paper)",
+            "released", description="masks to choose from: a multiple of what is left of a block, whole blocks, or all"
         )
         nucleus: Literal["below", "above"] = Field(
-            "below",
-            description="rollout mass stays below rollout_p, one row at least, as released; or passes it (paper)",
+            "below", description="the share chosen stays below rollout_p, but for one row; or passes it (paper)"
         )
-        couple_batch: bool = Field(
-            False,
-            description="as released: one bias for the batch, and rows topped up to those of its fullest sequence",
-        )
+        couple_batch: bool = Field(False, description="one bias and one row count for all sequences, as released")
         refresh: Literal["never", "always"] = Field(
             "never", description="always recomputes every row at every step: a debugging aid, equal to no cache"
         )
@@ -118,33 +102,37 @@ class D2Cache(CachePolicy):
         self.selection: Selection | None = None
         self.confidence = np.zeros(state.valid.shape)  # of the masked positions
         self.masked, self.block = state.masked, state.block  # both as the previous `plan` saw them
-        self._passed: list[tuple[Layer, Tensor, Tensor]] = []
+        self._passed: list[tuple[Layer, Tensor, Tensor]] = []  # of the running pass: layer, rows, queries
 
     def plan(self, state: State) -> Plan:
         """Everything at first, then M*, N and U."""
         rows = state.valid
         if state.seen is not None and self.config.refresh == "never":
             self._recall(state)
-            self.selection = self._select(state)
+            self.selection = self._select(state, state.seen.reports)
             rows = self.selection.rows | (state.step == 0)[:, None]
             if self.config.couple_batch:
                 rows = rows | self._top_up(state, self.selection)
         self.masked, self.block = state.masked, state.block
         reread = state.step == 0 if self.config.confidence == "first" else state.active
-        return Plan(rows, watch=_predicted(state, rows) & reread[:, None])
+        return Plan(rows, watch=state.predicted_by(rows) & state.masked & reread[:, None])
 
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """An ordinary layer; the last one multiplies the rollout."""
         out, h = at.compute(rows, h)
         if self.config.refresh == "never":
-            self._passed = ([] if at.index == 0 else self._passed) + [(at, rows, at.q)]
+            assert at.q is not None
+            self._passed = [*(self._passed if at.index else ()), (at, rows, at.q)]
             if at.last:
                 at.report("importance", self._rollout(), per_layer=False)
                 self._passed = []
         return out, h
 
     def _rollout(self) -> Tensor:
-        """Column sums of the rollout of this pass: (batch, slots) float32, summing to the length of the sequence."""
+        """Column sums of ``W^L ... W^1``, (batch, slots) float32: a vector of ones, times one matrix after the other.
+
+        A row of W is half head-averaged attention and half identity if it was computed, else the identity.
+        """
         at, rows, _ = self._passed[0]
         sums = torch.ones(rows.shape[0], at.dump + 1, device=rows.device)
         for at, rows, q in reversed(self._passed):
@@ -156,20 +144,20 @@ class D2Cache(CachePolicy):
     def _recall(self, state: State) -> None:
         """Take over the confidences that the released code keeps, those of the first step, or all."""
         assert state.seen is not None
-        fresh = self.masked & np.isfinite(state.seen.confidence)
-        if self.config.confidence == "first":
-            fresh &= (state.step == 1)[:, None]
+        wanted = (state.step == 1)[:, None] | (self.config.confidence == "latest")
+        fresh = self.masked & np.isfinite(state.seen.confidence) & wanted
         self.confidence = np.where(fresh, state.seen.confidence, self.confidence)
 
-    def _select(self, state: State) -> Selection:
+    def _select(self, state: State, reports: Mapping[str, np.ndarray]) -> Selection:
         """Both stages, for the pass to come."""
         score, prior = self._prior(state)
         reads = state.rows_for(prior)
-        border = state.prompt & state.rows_for(_at(state, state.gen_start))  # last prompt row, if it predicts
+        border = state.prompt & state.rows_for(~state.prompt)  # the last prompt row, where it predicts
         early = reads & ~border | state.changed
-        nucleus = self._nucleus(state, state.valid & ~early)
-        rows = (early | nucleus) & ~border | reads & border
-        return Selection(score, prior, early, nucleus, inflate(rows, self.config.inflate_w))
+        importance = reports["importance"].astype(np.float64)
+        nucleus = self._nucleus(importance, state.valid & ~early)
+        rows = close_gaps((early | nucleus) & ~border | reads & border, self.config.inflate_w)
+        return Selection(score, prior, importance, early, nucleus, rows)
 
     def _prior(self, state: State) -> tuple[NDArray[np.float64], Bools]:
         """Stage 1 (section 3.2): score of every position, and M*."""
@@ -178,60 +166,34 @@ class D2Cache(CachePolicy):
         if self.config.search != "all":
             block = self.block & self.masked if self.config.search == "released" else state.block
             top = score.max(1, keepdims=True)
-            score = score + block * (top.max() if self.config.couple_batch else top)
+            if self.config.couple_batch:
+                top = top[self.masked.any(1)].max()  # sequences that the last pass ran
+            score = score + block * top
             search = search & self._search(state, block)
         prior = highest(score, search, self.config.current_k)
-        missed = ~(prior & state.window).any(1)  # nothing that may be committed: the run would stop here
-        return score, prior | highest(score, state.window & missed[:, None], self.config.current_k)
+        missed = state.window & ~(prior & state.window).any(1, keepdims=True)
+        if missed.any():  # nothing that may be committed would be predicted, and the run would stop here
+            prior = prior | highest(score, missed, self.config.current_k)
+        return score, prior
 
     def _search(self, state: State, block: Bools) -> Bools:
         """From the first position of `block` over `current_k` masks, up to a multiple of its size."""
         begin, size = state.gen_start, block.sum(1).clip(1)
-        reach = first(state.masked.cumsum(1) >= self.config.current_k, -1)
-        reach = np.where(reach < 0, state.lengths - 1, reach) - begin
-        end = begin + (reach // size + 1) * size
-        place = np.arange(state.slots)
-        start = np.where(block.any(1), first(block, 0), begin)
-        return (place >= start[:, None]) & (place < end[:, None])
+        reach = np.minimum(first(state.masked.cumsum(1) >= self.config.current_k, state.slots), state.lengths - 1)
+        end = begin + ((reach - begin) // size + 1) * size
+        start, place = np.where(block.any(1), first(block, 0), begin), np.arange(state.slots)
+        search: Bools = (place >= start[:, None]) & (place < end[:, None])
+        return search
 
-    def _nucleus(self, state: State, free: Bools) -> Bools:
+    def _nucleus(self, importance: NDArray[np.float64], free: Bools) -> Bools:
         """Stage 2 (section 3.3): the most attended of the `free` rows, a share `rollout_p` of their mass."""
-        importance = self._importance(state)
         mass = np.sort(np.where(free, importance, 0))[:, ::-1].cumsum(1)
         within = (mass <= self.config.rollout_p * (mass[:, -1:] + 1e-9)).sum(1)
         return highest(importance, free, within + 1 if self.config.nucleus == "above" else within.clip(1))
 
     def _top_up(self, state: State, selection: Selection) -> Bools:
         """Rows added so that all active sequences compute as many: generated ones first, then by importance."""
-        importance, n_rows = self._importance(state), selection.rows.sum(1)
-        absent = state.valid & ~selection.rows & state.active[:, None]
-        bonus = importance[absent].max(initial=0) + selection.score
+        n_rows, absent = selection.rows.sum(1), state.valid & ~selection.rows & state.active[:, None]
+        bonus = selection.importance[absent].max(initial=0) + selection.score
         lacking = n_rows[state.active].max(initial=0) - n_rows
-        return highest(importance + np.where(state.prompt, 0, bonus), absent, lacking)
-
-    @staticmethod
-    def _importance(state: State) -> NDArray[np.float64]:
-        """What the last pass reported."""
-        assert state.seen is not None
-        return state.seen.reports["importance"].astype(np.float64)
-
-
-def _at(state: State, place: NDArray[np.int64]) -> Bools:
-    """(batch, slots) mask of one position per sequence."""
-    mask: Bools = np.arange(state.slots) == place[:, None]
-    return mask
-
-
-def _predicted(state: State, rows: Bools) -> Bools:
-    """Masked positions that `rows` predict."""
-    for _ in range(state.spec.shift):
-        rows = np.concatenate([rows[:, :1], rows[:, :-1]], axis=1)
-    return rows & state.masked
-
-
-def inflate(rows: Bools, width: int) -> Bools:
-    """Close gaps: whatever lies between two rows at most `width` apart."""
-    place, far = np.arange(rows.shape[1]), rows.shape[1] + width + 1
-    before = np.maximum.accumulate(np.where(rows, place, -far), axis=1)
-    after = np.minimum.accumulate(np.where(rows, place, 2 * far)[:, ::-1], axis=1)[:, ::-1]
-    return rows | (after - before <= width)
+        return highest(selection.importance + np.where(state.prompt, 0, bonus), absent, lacking)

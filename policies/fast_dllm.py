@@ -52,10 +52,7 @@ class FastDLLM(CachePolicy):
             None, ge=1, le=2**31 - 1, description="passes between two refreshes within a block (dInfer); none: none"
         )
 
-    paper = (
-        "Fast-dLLM: Training-free Acceleration of Diffusion LLM by Enabling KV Cache and Parallel Decoding, "
-        "arXiv 2505.22618"
-    )
+    paper = "Fast-dLLM: Training-free Acceleration of Diffusion LLM, arXiv 2505.22618"
     pairs_with = "threshold(threshold=0.9)"
     exact = "interval=1"
     config: Config

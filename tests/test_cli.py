@@ -70,7 +70,7 @@ comparing none, dkv(interval=1) on 2 problems
 warning: none itself answers only 0 % of the problems, so accuracy cannot show what a policy loses. Judge by \
 agreement, or take a model that can do the task.
 warning: dkv(interval=1) refreshed at every step, so it saved nothing. Try other knobs with --set dkv.KNOB=VALUE; it \
-ran with interval=1.
+ran with variant=decode, interval=1, neighbours=0, cacheable=un.
 warning: with 2 problems an accuracy is uncertain by up to 71 points. Raise --limit to 100 or more before quoting it.
 warning: times on a CPU say little about a GPU, where few rows cost as much as one. Rows and NFE carry over, tok/s \
 does not: measure with --device cuda.
@@ -99,13 +99,15 @@ def test_every_setting_reaches_the_run(capsys):
     flags = [
         *("--temperature", "0.5", "--seed", "3", "--batch-size", "2", "--unmask", "threshold(threshold=0.5)"),
         *("--forbid-eos", "--eos-last", "on", "--after-end", "drop", "--block-length", "none", "--repeats", "2"),
+        *("--confidence", "filtered", "--top-p", "0.9", "--top-k", "40"),
         *("--split", "train", "--dtype", "float64", "--device", "cpu", "--task", "gsm-mini"),
     ]
     assert main([*COMPARE, "dkv", *flags, "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)["conditions"]
     assert found["settings"] == {
         "gen_length": 8, "block_length": None, "unmask": "threshold(threshold=0.5)", "batch_size": 2,
-        "temperature": 0.5, "forbid_eos": True, "eos_last": "on", "after_end": "drop",
+        "temperature": 0.5, "confidence": "filtered", "top_p": 0.9, "top_k": 40, "guidance": 0.0,
+        "forbid_eos": True, "eos_last": "on", "after_end": "drop",
     }  # fmt: skip
     assert {k: found[k] for k in ("seed", "repeats", "split", "dtype", "device", "limit", "n_problems")} == {
         "seed": 3, "repeats": 2, "split": "train", "dtype": "float64", "device": "cpu", "limit": 2, "n_problems": 2,
@@ -210,6 +212,9 @@ def test_policies_lists_each_with_its_paper_and_knobs(capsys):
         "dkv: Delayed caching of decoded tokens.\n"
         "    paper: dKV-Cache: The Cache for Diffusion Language Models, arXiv 2505.15781\n"
         "    pairs with: low-confidence\n"
+        "    variant = decode  (decode, greedy, prefill, pd)\n"
+        "        decode reuses decoded rows; greedy all but those decoded now and by the last step; prefill\n"
+        "        the prompt, for ever; pd the prompt for ever and decoded rows between refreshes\n"
         "    interval = 8  (integer ≥ 1)\n"
     ) in out
     assert max(map(len, out.splitlines())) <= 100

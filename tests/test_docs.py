@@ -18,6 +18,8 @@ from dcache.plugins import BUILT_IN, Registry, plugins
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
+POLICIES = ROOT / "docs" / "policies"
+HEADINGS = ("Idea", "Knobs", "Departures", "Exact configuration", "Cost", "Pairs with")  # of each policy's page
 PAGES = [Path("README.md"), *sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))]
 
 FENCE = re.compile(r"^\s*(`{3,}|~{3,})\s*(\w*)")
@@ -172,21 +174,39 @@ def test_every_link_to_a_file_leads_somewhere():
     assert broken == []
 
 
-@pytest.mark.parametrize("kind", ["policies", "unmaskers"])
-def test_the_reference_has_a_section_for_each_with_every_knob_and_its_default(kind: str):
-    page = (REFERENCE / f"{kind}.md").read_text()
+def undocumented_knobs(thing: type, text: str) -> list[str]:
+    """Knobs that no line of `text` explains with their default."""
     missing = []
-    for name, thing in built_in(getattr(plugins(), kind)).items():
-        if not section(page, name):
-            missing.append(f"a heading with `{name}`, and a section under it")
-        for knob, field in thing.Config.model_fields.items():
-            lines = [line for line in section(page, name).splitlines() if says(code(line), knob)]
-            default = str(field.default).lower()
-            if not lines:
-                missing.append(f"{name}: knob `{knob}`")
-            elif not field.is_required() and not any(says(line.lower(), default) for line in lines):
-                missing.append(f"{name}: the default of `{knob}`, {default}, in the line that explains it")
+    for knob, field in thing.Config.model_fields.items():
+        lines = [line for line in text.splitlines() if says(code(line), knob)]
+        default = str(field.default).lower()
+        if not lines:
+            missing.append(f"knob `{knob}`")
+        elif not field.is_required() and not any(says(line.lower(), default) for line in lines):
+            missing.append(f"the default of `{knob}`, {default}, in the line that explains it")
+    return missing
+
+
+def test_the_reference_has_a_section_for_each_unmasker_with_every_knob_and_its_default():
+    page = (REFERENCE / "unmaskers.md").read_text()
+    missing = []
+    for name, thing in built_in(plugins().unmaskers).items():
+        text = section(page, name)
+        wanted = undocumented_knobs(thing, text) if text else [f"a heading with `{name}`, and a section under it"]
+        missing += [f"{name}: {what}" for what in wanted]
     assert missing == []
+
+
+@pytest.mark.parametrize("name", built_in(plugins().policies))
+def test_each_policy_has_a_page_with_the_headings_every_knob_and_its_default(name: str):
+    path = POLICIES / f"{name}.md"
+    assert path.exists(), f"policy {name!r} has no page; write {path.relative_to(ROOT)} after the pattern of dkv.md"
+    page = path.read_text()
+    assert re.match(rf"# `{name}`: \S", page), f"the page begins with '# `{name}`: the name of the method'"
+    assert [heading for heading in HEADINGS if not re.search(rf"^## {heading}$", page, re.MULTILINE)] == []
+    assert f"](img/{name}.svg)" in page, f"the page shows its drawing; python tools/draw_rows.py {name} makes it"
+    assert undocumented_knobs(built_in(plugins().policies)[name], section(page, "Knobs")) == []
+    assert f"](../policies/{name}.md)" in (REFERENCE / "policies.md").read_text(), "the index has a line with its link"
 
 
 def test_the_reference_names_every_task_and_model_family():

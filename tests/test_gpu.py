@@ -22,7 +22,19 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
-POLICIES = ["none", "elastic", "elastic(gamma=0.99,track_num=3)", "dkv(interval=4)"]
+POLICIES = ["none", "elastic", "elastic(gamma=0.99,track_num=3)", "dkv(interval=4)", "dkv(variant=prefill)"]
+POLICIES += ["dkv(variant=pd,interval=3,cacheable=un_right)", "fast-dllm", "fast-dllm(mode=prefix)"]
+POLICIES += [
+    "d2(current_k=3,inflate_w=2)",
+    "d2(current_k=5,rollout_p=0.3,confidence=latest,search=blocks,nucleus=above)",
+]
+UNMASKERS = ["low-confidence", "random", "entropy", "margin", "threshold(threshold=0.3)", "factor", "eb", "klass"]
+UNMASKERS += ["wino(wide_in=0.3)", "certainty-prior(sigma=3)", "origin", "random-order", "ar(threshold=0.3)"]
+SAMPLINGS = {
+    "plain": Sampling(temperature=0.5),
+    "filtered": Sampling(temperature=0.5, confidence="filtered", top_p=0.9, top_k=8),
+    "guided": Sampling(guidance=1.0, after_end="decode"),
+}
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9, 3]]
 
 
@@ -34,18 +46,26 @@ def exact_float32() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-def on(device: str, seed: int) -> Transformer:
-    model = random_model(seed)
+def on(device: str, seed: int, shift: int = 0) -> Transformer:
+    model = random_model(seed, shift=shift)
     moved = Transformer(model.spec, device)
     moved.load_state_dict(model.state_dict())
     return moved.requires_grad_(False)
 
 
-def go(device: str, policy: str, seed: int = 0, **engine: object) -> tuple[list[Step], Engine]:
-    model = on(device, seed)
-    state = State(model.spec, PROMPTS, [16, 12, 8], 4)
-    unmasker = make_unmasker("low-confidence", Sampling(temperature=0.5, seed=seed))
-    made = Engine(model, make_policy(policy), unmasker, debug=True, **engine)  # type: ignore[arg-type]
+def go(
+    device: str,
+    policy: str,
+    seed: int = 0,
+    shift: int = 0,
+    unmask: str = "low-confidence",
+    sampling: Sampling | None = None,
+    **engine: object,
+) -> tuple[list[Step], Engine]:
+    model = on(device, seed, shift)
+    sampling = (sampling or Sampling(temperature=0.5)).model_copy(update={"seed": seed})
+    state = State(model.spec, PROMPTS, [16, 12, 8], 4, guided=sampling.guidance > 0)
+    made = Engine(model, make_policy(policy), make_unmasker(unmask, sampling), debug=True, **engine)  # type: ignore[arg-type]
     return decode(made, state), made
 
 
@@ -53,16 +73,27 @@ def commits(trace: list[Step]) -> list[list[tuple[int, int, int]]]:
     return [[(b, p, s.tokens[b, p]) for b, p in zip(*np.nonzero(s.commit), strict=True)] for s in trace]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("seed", range(3))
-def test_a_gpu_commits_what_a_cpu_does(policy: str, seed: int) -> None:
-    cpu, gpu = go("cpu", policy, seed)[0], go("cuda", policy, seed)[0]
+def assert_same(cpu: list[Step], gpu: list[Step]) -> None:
     assert commits(gpu) == commits(cpu)
     for a, b in zip(cpu, gpu, strict=True):
         assert (a.rows == b.rows).all()
         assert (a.row_layers == b.row_layers).all()
         finite = np.isfinite(a.confidence)
         assert np.abs(a.confidence[finite] - b.confidence[finite]).max(initial=0) < 1e-4
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gpu_commits_what_a_cpu_does(policy: str, shift: int, seed: int) -> None:
+    assert_same(go("cpu", policy, seed, shift)[0], go("cuda", policy, seed, shift)[0])
+
+
+@pytest.mark.parametrize("unmask", UNMASKERS)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_every_unmasker_commits_on_a_gpu_what_it_does_on_a_cpu(unmask: str, sampling: str) -> None:
+    more = {"unmask": unmask, "sampling": SAMPLINGS[sampling]}
+    assert_same(go("cpu", "none", 1, **more)[0], go("cuda", "none", 1, **more)[0])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -86,7 +117,8 @@ def test_a_pass_has_no_sync_but_its_download(policy: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Engine, "_run", strict)
     monkeypatch.setattr(Packet, "download", waiting)
-    go("cuda", policy)
+    go("cuda", policy, unmask="wino(wide_in=0.3)")  # shadow rows included
+    go("cuda", policy, unmask="klass", shift=1)
     assert calls["passes"] == calls["downloads"] > 0
 
 

@@ -56,7 +56,11 @@ def test_a_name_like_no_other_gets_the_installed_names_alone():
     [
         ("dkv(interval=0)", "policy 'dkv': interval=0: input should be greater than or equal to 1"),
         ("dkv(interval=soon)", "policy 'dkv': interval='soon': input should be a valid integer"),
-        ("dkv(intervall=3)", "policy 'dkv' has no knob 'intervall'. Did you mean 'interval'?  Knobs: interval"),
+        (
+            "dkv(intervall=3)",
+            "policy 'dkv' has no knob 'intervall'. Did you mean 'interval'?  Knobs: variant, interval, neighbours, "
+            "cacheable",
+        ),
         ("none(gamma=1)", "policy 'none' has no knob 'gamma'.  Knobs: none"),
         ("elastic(variant=flatt)", "policy 'elastic': variant='flatt': input should be 'published', 'paper' or 'flat'"),
     ],

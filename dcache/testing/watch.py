@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ class Watch:
             self._count("rows", at, rows)
             self._attention.counted = True
             try:
-                return attend(at, rows, q)
+                return cast(Tensor, attend(at, rows, q))
             finally:
                 self._attention.counted = False
 
@@ -135,8 +135,7 @@ class Watch:
 
         def shadowing(at: Layer, rows: Tensor, h: Tensor) -> Tensor:
             self._count("rows", at, rows)
-            out: Tensor = shadow(at, rows, h)
-            return out
+            return cast(Tensor, shadow(at, rows, h))
 
         def downloading(packet: Packet) -> None:
             self.downloads += 1

@@ -19,16 +19,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from dcache.arrays import Ints
 from dcache.state import State
 from dcache.unmasking.base import MOST, Ask, Asked
-from dcache.unmasking.rules import Judged, Judging, Scheduled, ScheduledByScore
+from dcache.unmasking.rules import Judged, Judging, Scheduled, ScheduledByScore, reaches
 from dcache.unmasking.sampling import Drawn
-from dcache.unmasking.schedule import Opening, Span
+from dcache.unmasking.schedule import Schedule, Span
 from dcache.unmasking.selection import best
 
 if TYPE_CHECKING:
@@ -58,6 +57,11 @@ class Entropy(ScheduledByScore):
 class Random(Scheduled):
     """Rows of the window drawn uniformly."""
 
+    class Config(Schedule):
+        """Knobs of `Random`."""
+
+    config: Config
+
     def score(self, drawn: Drawn, at: Asked) -> Tensor:
         """A fresh draw in every step."""
         return self.noise.positions(at)
@@ -66,7 +70,7 @@ class Random(Scheduled):
 class Threshold(Judged):
     """Every row of the window that is sure enough, and never none."""
 
-    class Config(Judging, Opening):
+    class Config(Judging):
         """Knobs of `Threshold`."""
 
         threshold: float = Field(0.9, description="commit rows whose score is at least this")
@@ -117,6 +121,4 @@ class CertaintyPrior(Judged):
 
     def choose(self, score: Tensor, drawn: Drawn, at: Asked) -> Tensor:
         """What reaches the threshold."""
-        if self.config.threshold is None:
-            return torch.zeros_like(at.eligible)
-        return score >= self.config.threshold
+        return reaches(score, self.config.threshold)

@@ -19,7 +19,7 @@ from torch import Tensor
 from dcache.arrays import Ints, first
 from dcache.state import State
 from dcache.unmasking.base import Ask, Asked, Picks, Unmasker
-from dcache.unmasking.rules import Judged, Judging
+from dcache.unmasking.rules import Judged, Judging, reaches
 from dcache.unmasking.sampling import Drawn, draw
 from dcache.unmasking.schedule import Quota, Schedule, ask_opening
 from dcache.unmasking.selection import leftmost_run
@@ -97,6 +97,4 @@ class LeftToRight(Judged):
 
     def choose(self, score: Tensor, drawn: Drawn, at: Asked) -> Tensor:
         """What reaches the threshold."""
-        if self.config.threshold is None:
-            return torch.zeros_like(at.eligible)
-        return score >= self.config.threshold
+        return reaches(score, self.config.threshold)

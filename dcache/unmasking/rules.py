@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dcache.state import State
-from dcache.unmasking.base import MOST, Ask, Asked, Picks, Unmasker, UnmaskerConfig
+from dcache.unmasking.base import MOST, Ask, Asked, Picks, Unmasker
 from dcache.unmasking.density import density_of
 from dcache.unmasking.sampling import Drawn, draw, gumbel
 from dcache.unmasking.schedule import Opening, Quota, Schedule, ask_opening
@@ -39,11 +39,8 @@ class Ranked(Schedule):
 class Scheduled(Unmasker):
     """A scheduled number of rows per step, those of the highest score."""
 
-    class Config(Schedule):
-        """Knobs of a scheduled unmasker."""
-
     paper = "LLaDA, arXiv 2502.09992"
-    config: Config
+    config: Schedule
 
     def begin(self, net: Network, state: State) -> None:
         """Forget the schedule of the last batch."""
@@ -83,7 +80,7 @@ class ScheduledByScore(Scheduled):
         return score.to(torch.float64) / self.config.alg_temp + gumbel(self.noise.positions(at))
 
 
-class Judging(UnmaskerConfig):
+class Judging(Opening):
     """What a rule judges, and the bounds of what it commits."""
 
     score: Score = Field("confidence", description="what the rule judges: confidence, margin, entropy or random")
@@ -106,13 +103,15 @@ class Judging(UnmaskerConfig):
         return self
 
 
+def reaches(score: Tensor, threshold: float | None) -> Tensor:
+    """(batch, w) bool: scores of at least `threshold`; none without one."""
+    return torch.zeros_like(score, dtype=torch.bool) if threshold is None else score >= threshold
+
+
 class Judged(Unmasker):
     """As many rows as a rule finds sure enough, within bounds, and never none."""
 
-    class Config(Judging):
-        """Knobs of a rule."""
-
-    config: Config
+    config: Judging
 
     def ask(self, state: State) -> Ask:
         """The masked rows of the block or window, and the density if it counts."""
@@ -120,18 +119,20 @@ class Judged(Unmasker):
 
     def asking(self, state: State, **flags: np.ndarray) -> Ask:
         """An `Ask` with the flags that `judged` needs."""
-        opening = self.config if isinstance(self.config, Opening) else Opening(window=self.config.window)
         if self.config.sigma is not None:
             flags["density"] = density_of(state, self.config.sigma)
-        return ask_opening(state, opening, **flags)
+        return ask_opening(state, self.config, **flags)
 
     def pick(self, logits: Tensor, at: Asked) -> Picks:
         """Commit what the rule chooses, and the surest rows in any case."""
         drawn = draw(logits, at, self.sampling, self.noise)
         score = self.judged(drawn, at)
         chosen = self.choose(score, drawn, at)
-        commit = between(score, at.eligible, chosen, self.config.at_least, self.config.at_most)
-        return Picks(drawn.tokens, drawn.confidence, commit)
+        return Picks(drawn.tokens, drawn.confidence, self.commits(score, chosen, at))
+
+    def commits(self, score: Tensor, chosen: Tensor, at: Asked) -> Tensor:
+        """(batch, w) bool: what was chosen, within the bounds."""
+        return between(score, at.eligible, chosen, self.config.at_least, self.config.at_most)
 
     def judged(self, drawn: Drawn, at: Asked) -> Tensor:
         """Score of every read position, (batch, w) float, times the density if it counts."""

@@ -9,7 +9,8 @@ Two rules, chosen by `Sampling.confidence`:
                softmax; the candidate is a sample of that, and scores come from the same distribution
 =============  ====================================================================================================
 
-At temperature 0 the candidate is the best token either way. The mask token is never a candidate: it keeps its share of
+At temperature 0 the candidate is the best token either way. Under ``plain`` the filters, if any are set, narrow what a
+sample is drawn from and leave the scores alone. The mask token is never a candidate: it keeps its share of
 the distribution, as in the released code, but is passed over when the token is chosen.
 """
 
@@ -55,14 +56,17 @@ class Sampling(BaseModel):
         "top_k (Dream)",
     )
     top_p: float | None = Field(
-        None, gt=0, le=1, description="draw from the likeliest tokens that together hold this probability; none: all"
+        None,
+        gt=0,
+        le=1,
+        description="draw from the likeliest tokens, those that together hold this probability; none: all",
     )
     top_k: int | None = Field(None, ge=1, le=MOST, description="draw from this many likeliest tokens; none: all")
     guidance: float = Field(
         0.0,
         ge=0,
-        description="classifier-free guidance (LLaDA's cfg_scale): u + (1 + guidance) * (c - u), u from a second "
-        "sequence whose prompt is masked; twice the rows. 0 is off",
+        description="classifier-free guidance (LLaDA's cfg_scale): from the logits of a second sequence, whose prompt "
+        "is masked, to those with the prompt and on by this share of the way; twice the rows. 0 is off",
     )
     after_end: Literal["decode", "drop", "drop-once"] = Field(
         "drop",
@@ -139,12 +143,12 @@ def draw(logits: Tensor, at: Asked, sampling: Sampling, noise: Noise) -> Drawn:
         sampling: the rule.
         noise: source of the Gumbel noise.
     """
-    if sampling.forbid_eos:
-        logits = _without(logits, (at.eos_id,))
-    if sampling.confidence == "filtered":
-        tokens, logits = _filtered(logits, at, sampling, noise)
-    else:
-        tokens = best_token(_noised(logits, at, sampling, noise), (at.mask_id,))
+    logits = _allowed(logits, at, sampling)
+    judged = filtered(logits, sampling) if sampling.confidence == "filtered" else logits
+    tokens = best_token(logits, (at.mask_id,))
+    if sampling.temperature > 0:
+        tokens = _sample(logits, judged, tokens, at, sampling, noise)
+    logits = judged
     if sampling.eos_last == "off":
         return Drawn(tokens, logits, confidence_of(logits, tokens))
     last = at.end_ids if sampling.eos_last == "on" or sampling.temperature == 0 else at.end_ids[1:]
@@ -161,9 +165,17 @@ def candidates(logits: Tensor, at: Asked, sampling: Sampling, noise: Noise) -> t
     return drawn.tokens, drawn.confidence
 
 
-def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The logits whose softmax gives confidences, (batch, w, vocab): filtered, or as they are."""
-    return filtered(logits, sampling) if sampling.confidence == "filtered" else logits
+def probability(logits: Tensor, tokens: Tensor, at: Asked, sampling: Sampling) -> Tensor:
+    """Confidence in given tokens, (batch, w) float32, under the rule by which candidates are judged.
+
+    Args:
+        logits: (batch, w, vocab).
+        tokens: (batch, w) int64.
+        at: the step.
+        sampling: the rule.
+    """
+    logits = _allowed(logits, at, sampling)
+    return confidence_of(filtered(logits, sampling) if sampling.confidence == "filtered" else logits, tokens)
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -188,23 +200,20 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
-def _filtered(logits: Tensor, at: Asked, sampling: Sampling, noise: Noise) -> tuple[Tensor, Tensor]:
-    """Candidates of the filtered rule, and the filtered logits; the best allowed token can always be drawn."""
-    best = best_token(logits, (at.mask_id,))
-    kept = filtered(logits, sampling)
-    if sampling.temperature == 0:
-        return best, kept
-    # where the filters leave the mask alone, nothing can be drawn but the best of the others
-    fallback = torch.full_like(kept, NEVER).scatter_(-1, best[..., None], torch.finfo(torch.float32).min)
-    noised = torch.maximum(kept, fallback).to(torch.float64) + gumbel(noise.tokens(at, kept.shape[-1]))
-    return best_token(noised, (at.mask_id,)), kept
+def _sample(logits: Tensor, judged: Tensor, best: Tensor, at: Asked, sampling: Sampling, noise: Noise) -> Tensor:
+    """``argmax(logits + t * Gumbel)`` over the tokens that pass the filters, (batch, w) int64.
+
+    `best` (batch, w) always passes: where the filters leave the mask token alone, nothing else could be drawn.
+    """
+    noised = logits.to(torch.float64) + sampling.temperature * gumbel(noise.tokens(at, logits.shape[-1]))
+    if sampling.top_p is not None or sampling.top_k is not None:
+        kept = judged if sampling.confidence == "filtered" else filtered(logits, sampling)
+        noised = noised.masked_fill((kept == NEVER).scatter(-1, best[..., None], False), NEVER)
+    return best_token(noised, (at.mask_id,))
 
 
-def _noised(logits: Tensor, at: Asked, sampling: Sampling, noise: Noise) -> Tensor:
-    """LLaDA's ``logits + t * Gumbel``."""
-    if sampling.temperature == 0:
-        return logits
-    return logits.to(torch.float64) + sampling.temperature * gumbel(noise.tokens(at, logits.shape[-1]))
+def _allowed(logits: Tensor, at: Asked, sampling: Sampling) -> Tensor:
+    return _without(logits, (at.eos_id,)) if sampling.forbid_eos else logits
 
 
 def _without(logits: Tensor, tokens: tuple[int, ...]) -> Tensor:

@@ -33,7 +33,7 @@ def best(score: Tensor, eligible: Tensor, count: Tensor | int) -> Tensor:
     return eligible & (place < (count if isinstance(count, int) else count[:, None]))
 
 
-def between(score: Tensor, eligible: Tensor, chosen: Tensor, least: Tensor | int, most: int | None) -> Tensor:
+def between(score: Tensor, eligible: Tensor, chosen: Tensor, least: Tensor | int, most: Tensor | int | None) -> Tensor:
     """Rows `chosen` by a rule, at least `least` of the highest scores in any case, at most `most`."""
     chosen = (chosen & eligible) | best(score, eligible, least)
     return chosen if most is None else best(score, chosen, most)
@@ -47,7 +47,7 @@ def prefix_by_factor(score: Tensor, eligible: Tensor, factor: float, variant: Fa
     """
     order, place = ranked(score, eligible)
     n = eligible.sum(-1, keepdim=True)
-    rank = torch.arange(1, order.shape[-1] + 1, device=order.device)
+    rank = torch.arange(1, order.shape[-1] + 1, device=order.device, dtype=score.dtype)
     sorted_score = score.gather(-1, order)
     if variant == "d2":
         passes = (rank + 1) * (1 - sorted_score) < factor

@@ -4,11 +4,13 @@ from pathlib import Path
 
 from dcache.errors import ModelError
 
-NAMES = ("tiny-llada",)
+_HERE = Path(__file__).resolve().parent
+NAMES = tuple(sorted(file.parent.name for file in _HERE.glob("*/config.json")))
+"""The checkpoints beside this file."""
 
 
 def folder(name: str) -> Path:
     """Return the folder of a shipped checkpoint."""
     if name not in NAMES:
         raise ModelError(f"no shipped checkpoint is called {name!r}; there are: {', '.join(NAMES)}")
-    return Path(__file__).resolve().parent / name
+    return _HERE / name

@@ -16,8 +16,8 @@ from dcache.models.transformer import Transformer
 from dcache.policies.dkv import DKVCache, near
 from dcache.policies.none import NoCache
 from dcache.testing.models import random_model
-from dcache.unmasking.base import Ask, Asked, Picks, candidates
 from dcache.unmasking.confidence import LowConfidence, Threshold
+from dcache.unmasking.order import RandomOrder
 
 MODELS = {(seed, shift): random_model(seed, shift=shift) for seed in range(3) for shift in (0, 1)}
 SHALLOW = {(seed, shift): random_model(seed, n_layers=1, shift=shift) for seed in range(3) for shift in (0, 1)}
@@ -45,23 +45,6 @@ knobs = st.one_of(
 )
 
 
-class Drawn(Unmasker):
-    """Commits `per_step` rows of the block in an order drawn beforehand from the number of the sequence."""
-
-    announces = True
-    per_step = 1
-
-    def ask(self, state: State) -> Ask:
-        drawn = np.stack([np.random.default_rng(i).permutation(1000)[: state.slots] for i in state.ids])
-        open_ = state.masked & state.block
-        place = np.where(open_, drawn, 1000).argsort(1).argsort(1)
-        return Ask(open_ & (place < self.per_step), order=place)
-
-    def pick(self, logits: Any, at: Asked) -> Picks:
-        tokens, confidence = candidates(logits, at, self.sampling, self.noise)
-        return Picks(tokens, confidence, at.eligible)
-
-
 class TakesBack(LowConfidence):
     """Puts the first decoded row back to the mask in every third step of the first nine."""
 
@@ -72,12 +55,8 @@ class TakesBack(LowConfidence):
 
 
 def unmasker_of(canvas: dict[str, Any], knobs: dict[str, Any]) -> Unmasker:
-    sampling = Sampling(after_end="decode")
-    if knobs.get("variant") != "greedy":
-        return LowConfidence(sampling=sampling, tokens_per_step=canvas["per_step"])
-    drawn = Drawn(sampling=sampling)
-    drawn.per_step = canvas["per_step"]
-    return drawn
+    kind = RandomOrder if knobs.get("variant") == "greedy" else LowConfidence
+    return kind(sampling=Sampling(after_end="decode"), tokens_per_step=canvas["per_step"])
 
 
 class Run:
@@ -201,7 +180,7 @@ def decoded_sets(run: Run, b: int) -> Iterator[tuple[int, set[int], set[int], se
 
 
 def may_be_cached(known: set[int], total: int, shift: int, rule: str) -> set[int]:
-    """Section 3.3 of the paper in sets: the rows that `rule` caches."""
+    """Table 4 of the paper in sets: the rows that `rule` caches."""
     if shift == 0:
         return known
     after = {p for p in range(total) if (p + 1) % total in known}

@@ -15,7 +15,6 @@ from dcache.models.transformer import Transformer
 from dcache.policies.fast_dllm import FastDLLM
 from dcache.policies.none import NoCache
 from dcache.testing.models import random_model
-from dcache.unmasking.base import Ask
 from dcache.unmasking.confidence import LowConfidence, Threshold
 
 MODELS = {(seed, shift): random_model(seed, shift=shift) for seed in range(3) for shift in (0, 1)}
@@ -59,17 +58,6 @@ class Run:
 
     def rows(self, b: int = 0) -> list[list[int]]:
         return [np.flatnonzero(s.rows[b]).tolist() for s in self.trace if s.active[b]]
-
-
-class FirstAlone(LowConfidence):
-    """The first pass of a block commits the block's first position; the others the most confident one."""
-
-    first_alone = True  # type: ignore[assignment]
-
-    def ask(self, state: State) -> Ask:
-        ask = super().ask(state)
-        first = state.block & (state.block.cumsum(1) == 1)
-        return replace(ask, window=np.where((state.block_step == 0)[:, None], ask.window & first, ask.window))
 
 
 class TakesBack(LowConfidence):
@@ -171,7 +159,7 @@ def test_a_block_begins_with_all_rows_and_goes_on_with_those_that_predict_it(
 @given(canvas=canvases, mode=modes)
 def test_released_rows_of_a_shifted_model_are_the_block_itself(canvas: dict[str, Any], mode: str) -> None:
     canvas = canvas | {"shift": 1, "block": 4}
-    run = Run(canvas, FastDLLM(mode=mode, rows="block"), FirstAlone(sampling=ALL))
+    run = Run(canvas, FastDLLM(mode=mode, rows="block"), LowConfidence(sampling=ALL, first="alone"))
     for b, (prompt, gen) in enumerate(canvas["lengths"]):
         total = prompt + gen
         for i, (rows, commits) in enumerate(zip(run.rows(b), run.commits(b), strict=True)):
@@ -230,5 +218,7 @@ def test_released_rows_are_refused_where_the_first_position_would_have_no_predic
         for shift in (1, 0)
     )
     dcache.generate(plain, [[3, 1, 4]], policy="fast-dllm(rows=block)", gen_length=8)
+    forced = "low-confidence(first=alone)"
+    dcache.generate(shifted, [[3, 1, 4]], policy="fast-dllm(rows=block)", unmask=forced, gen_length=8)
     with pytest.raises(dcache.UsageError, match=r"'low-confidence' does not commit it, .* use rows=predicting"):
         dcache.generate(shifted, [[3, 1, 4]], policy="fast-dllm(rows=block)", gen_length=8)

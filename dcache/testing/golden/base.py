@@ -69,18 +69,19 @@ class Replayed(Noise):
 
 
 class Watched(Unmasker):
-    """An unmasker that also reads every computed row and keeps the logits of each step."""
+    """An unmasker that also reads every position and keeps the logits of each step."""
 
     def __init__(self, inner: Unmasker):
         super().__init__(inner.config, inner.sampling, inner.noise)
         self.inner = inner
         self.logits: list[dict[int, dict[int, Tensor]]] = []  # step -> sequence -> position -> (vocab,)
+        self.shift, self.end = 0, [0]
 
     def begin(self, net: Any, state: State) -> None:
         """Begin the inner unmasker."""
         super().begin(net, state)
         self.inner.begin(net, state)
-        self.logits = []
+        self.logits, self.shift, self.end = [], state.spec.shift, state.lengths.tolist()
 
     def ask(self, state: State) -> Ask:
         """Read everything; the window stays."""
@@ -89,9 +90,15 @@ class Watched(Unmasker):
 
     def pick(self, logits: Tensor, at: Asked) -> Picks:
         """Keep the logits of computed rows; a second pass overwrites the first."""
-        for lane, i in at.predicted.nonzero().tolist():
-            self.logits[-1][int(at.lanes[lane])][int(at.where[lane, i])] = logits[lane, i]
+        lanes = at.lanes.tolist()
+        for b, i in at.predicted.nonzero().tolist():
+            self.logits[-1][lanes[b]][int(at.where[b, i])] = logits[b, i]
         return self.inner.pick(logits, at)
+
+    def of_row(self, step: int, b: int, row: int) -> Tensor | None:
+        """Logits (vocab,) that a row gave in a step; None for a last row that predicts no position of the canvas."""
+        kept = self.logits[step][b]
+        return kept.get(row + self.shift) if row + self.shift == self.end[b] else kept[row + self.shift]
 
 
 def equal(what: str, found: object, expected: object) -> None:

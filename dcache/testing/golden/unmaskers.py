@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dcache.testing.golden.base import Replayed
 from dcache.unmasking.base import Asked, Noise, Sampling, Unmasker
 from dcache.unmasking.confidence import CertaintyPrior, Entropy, LowConfidence, Margin, Random, Threshold
-from dcache.unmasking.order import RandomOrder
+from dcache.unmasking.klass import KLASS
+from dcache.unmasking.order import LeftToRight, RandomOrder
 from dcache.unmasking.origin import Origin
 from dcache.unmasking.parallel import EntropyBounded, Factor
+from dcache.unmasking.pc import PCSampler
+from dcache.unmasking.wino import WINO
 
 SCORES = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy", "random": "random"}
 RANKED: dict[str, type[Unmasker]] = {"maskgit_plus": LowConfidence, "topk_margin": Margin, "entropy": Entropy}
@@ -88,7 +92,7 @@ def unknown_settings(data: Mapping[str, Any]) -> str | None:
     if data.get("defect"):
         return f"the run shows a defect that is not reproduced: {data['defect']}"
     strategy = data.get("strategy", "vanilla")
-    if strategy not in ("vanilla", "klass", "wino"):
+    if strategy not in ("vanilla", "klass", "wino", "ar"):
         return f"strategy {strategy!r} is not installed"
     return None
 
@@ -179,6 +183,22 @@ def _framework(data: Mapping[str, Any]) -> Unmasker:
         "score": SCORES[s.get("alg", "maskgit_plus")],
         "sigma": sigma,
     }
+    if data.get("strategy") == "klass":
+        knobs = {"kl_threshold": s.get("kl_threshold"), "history": s.get("kl_history_length")}
+        given = {name: value for name, value in knobs.items() if value is not None}
+        return KLASS(**common, threshold=s.get("threshold"), **given)
+    if data.get("strategy") == "wino":
+        return WINO(
+            sampling=common["sampling"],
+            at_least=common["at_least"],
+            wide_in=s["wide_in_thres"],
+            narrow_out=s["narrow_out_thres"],
+        )
+    if data.get("strategy") == "ar":
+        return LeftToRight(**common, threshold=s.get("threshold"))
+    if s.get("debias"):
+        table = np.array(data["token_freq"])
+        return PCSampler(**common, table=table, clip_alpha=s["clip_alpha"], threshold=s.get("threshold"))
     if s.get("threshold") is not None:
         return Threshold(**common, threshold=s["threshold"])
     if s.get("factor") is not None:
