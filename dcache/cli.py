@@ -294,13 +294,12 @@ def verify(
 
     if format_ not in ("text", "json"):
         raise UsageError(f"unknown format {format_!r}; choose text or json")
-    make_policy(policy)
-    source = source_of(policy)
-    told = f"{policy} ({source}), dcache {dcache.__version__}, {examples} examples per claim, seed {seed}"
-    verdicts = []
+    found, source = verify(policy, examples=examples, seed=seed, golden=golden, model=model), source_of(policy)
     if format_ == "text":
+        told = f"{policy} ({source}), dcache {dcache.__version__}, {examples} examples per claim, seed {seed}"
         print(printable(told), flush=True)
-    for verdict in verify(policy, examples=examples, seed=seed, golden=golden, model=model):
+    verdicts = []
+    for verdict in found:
         verdicts.append(verdict)
         if format_ == "text":
             print(printable(str(verdict)), flush=True)

@@ -39,6 +39,10 @@ def verify(
     make_policy(policy)
     if golden is not None and not golden.is_dir():
         raise UsageError(f"--golden {golden} is not a folder")
+    return _verdicts(policy, examples, seed, golden, model)
+
+
+def _verdicts(policy: str, examples: int, seed: int, golden: Path | None, model: str | None) -> Iterator[Verdict]:
     subject = Subject(policy)
     yield from judge_all(subject, examples, seed)
     if golden is not None:
