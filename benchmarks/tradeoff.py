@@ -74,7 +74,7 @@ LINES = [
 SETTINGS: dict[str, dict[str, Any]] = {
     "one-token": {"unmask": "low-confidence", "block_length": 32},
     "four-tokens": {"unmask": "low-confidence(tokens_per_step=4)", "block_length": None},
-    "random-order": {"unmask": "random-order(tokens_per_step=4)", "block_length": None},
+    "random-order": {"unmask": "random-order(tokens_per_step=8)", "block_length": None},
 }
 
 

@@ -35,6 +35,7 @@ from dcache.results import Conditions, Entrant, Result
 from dcache.text import printable
 
 WIDTH = 100
+NAME_WIDTH = 32  # a longer name of a policy takes a line of its own, so that one does not push all numbers aside
 FEW_PROBLEMS = 30
 LOW_ACCURACY = 0.2
 Z = 2  # standard errors that a difference must exceed
@@ -271,11 +272,14 @@ def table(conditions: Conditions, rows: Sequence[Standing]) -> str:
     if not rows:
         return "\n".join([*lines, "", "No problem was finished by all policies yet.", ""])
     cols = columns(rows)
-    cells = [[c.title for c in cols], [c.unit for c in cols], *([c.cell(row) for c in cols] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cols))]
+    cells = [[c.title for c in cols], [c.unit for c in cols]]
+    for row in rows:
+        name, *numbers = (c.cell(row) for c in cols)
+        cells += [[name, *numbers]] if len(name) <= NAME_WIDTH else [[name], ["", *numbers]]
+    widths = [max(len(line[i]) for line in cells if len(line) > 1) for i in range(len(cols))]
     for line in cells:
-        first, *rest = (text.rjust(width) for text, width in zip(line, widths, strict=True))
-        lines.append("  ".join([line[0].ljust(len(first)), *rest]).rstrip())
+        rest = [text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=False)]
+        lines.append("  ".join([line[0].ljust(widths[0]), *rest]).rstrip())
     text = summary(conditions, rows).replace(" %", "\N{NO-BREAK SPACE}%")
     return "\n".join([*lines, "", textwrap.fill(text, WIDTH).replace("\N{NO-BREAK SPACE}", " "), ""])
 

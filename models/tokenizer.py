@@ -73,12 +73,15 @@ class Tokenizer:
             ModelError: naming the file that cannot be used.
         """
         file = folder / "tokenizer.json"
+        backend: tokenizers.Tokenizer | None
         if file.is_file():
             try:
                 backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
             except Exception as error:  # the library raises bare Exceptions
                 raise ModelError(f"{file} is not a tokenizer: {one_line(error)}") from error
-        elif rebuild is None or (backend := rebuild(folder)) is None:
+        else:
+            backend = None if rebuild is None else rebuild(folder)
+        if backend is None:
             return None
         config = read_json(folder / "tokenizer_config.json", optional=True)
         names = read_json(folder / "special_tokens_map.json", optional=True) | config

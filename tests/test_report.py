@@ -291,3 +291,12 @@ def test_newlines_tabs_and_letters_of_any_script_stay():
 def test_names_in_the_table_are_made_printable():
     given = conditions("none", model="\x1b[31mred")
     assert "\x1b" not in report.table(given, report.standings(given, [result("none")]))
+
+
+def test_a_long_name_takes_a_line_of_its_own():
+    name = "d2(current_k=8,confidence=latest,search=all,nucleus=above)"
+    given = conditions("none", "dkv", name)
+    lines = report.table(given, report.standings(given, [result(p) for p in ("none", "dkv", name)])).splitlines()
+    at = lines.index(name)
+    assert lines[at + 1].split() == lines[at - 1].split()[1:]
+    assert lines[at + 1] == lines[at - 1].replace("dkv", "   ")

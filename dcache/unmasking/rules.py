@@ -13,9 +13,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dcache.density import densities
 from dcache.state import State
 from dcache.unmasking.base import MOST, Ask, Asked, Picks, Unmasker
-from dcache.unmasking.density import density_of
 from dcache.unmasking.sampling import Drawn, draw, gumbel
 from dcache.unmasking.schedule import Opening, Quota, Schedule, ask_opening
 from dcache.unmasking.scores import Score, score_of
@@ -120,7 +120,7 @@ class Judged(Unmasker):
     def asking(self, state: State, **flags: np.ndarray) -> Ask:
         """An `Ask` with the flags that `judged` needs."""
         if self.config.sigma is not None:
-            flags["density"] = density_of(state, self.config.sigma)
+            flags["density"] = densities(state, state.known, self.config.sigma).astype(np.float32)
         return ask_opening(state, self.config, **flags)
 
     def pick(self, logits: Tensor, at: Asked) -> Picks:

@@ -89,7 +89,7 @@ class DreamFormat(Format):
         lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         write_json(folder / "added_tokens.json", {token: special_id(tokenizer, token) for token in self.specials})
-        names = {"bos_token": BOS, "eos_token": EOS, "mask_token": MASK, "pad_token": EOS}
+        names: dict[str, Any] = {"bos_token": BOS, "eos_token": EOS, "mask_token": MASK, "pad_token": EOS}
         names |= {"additional_special_tokens": [BOS, MASK]}
         config = {
             "add_bos_token": False,

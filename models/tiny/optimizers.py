@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
     def _direction(x: Tensor, parts: Parts) -> Tensor:
         """`x` (n, rows, cols) orthogonalised part by part; a tall part is scaled to the size of a square one's rows."""
         cols, done = x.shape[2], []
-        for piece, (count, rows) in zip(x.split([n * rows for n, rows in parts], dim=1), parts, strict=True):
+        for piece, (count, rows) in zip(torch.split(x, [n * rows for n, rows in parts], dim=1), parts, strict=True):
             direction = orthogonalize(piece.reshape(len(x) * count, rows, cols)).reshape(piece.shape).to(x.dtype)
             done.append(direction * max(1.0, rows / cols) ** 0.5)
         return torch.cat(done, dim=1)

@@ -27,10 +27,10 @@ Departures, each for accuracy per minute of training:
 * k is stratified over the batch.
 * In half of the sequences the mask is one that block decoding meets: rows before a random span are known, rows after
   it are masked, k rows of the span are masked, and the loss is the mean over those k.
-* Attention scores are bounded: after every step the query and key rows, and biases, of a KV head and its query heads
-  whose largest score could exceed `score_cap` are scaled down ("QK-Clip", Kimi K2, arXiv 2507.20534). Muon alone drives scores of so small a model to
-  several hundred; then most attention weights are below 1e-8, unlike those of any published checkpoint, and a cache
-  policy that watches attention sees nothing but noise.
+* Attention scores are bounded: after every step, where the largest score of a KV head could exceed `score_cap`, its key
+  rows and the query rows that read it, biases included, are scaled down ("QK-Clip", Kimi K2, arXiv 2507.20534). Muon
+  alone drives scores of so small a model to several hundred; then most attention weights are below 1e-8, unlike those
+  of any published checkpoint, and a cache policy that watches attention sees nothing but noise.
 * Hidden matrices are trained with Muon (momentum, orthogonalised by Newton-Schulz iterations), the rest with AdamW.
 * Canvases are padded to a multiple of 16 by more ``<|endoftext|>``, so a batch needs no attention mask.
 

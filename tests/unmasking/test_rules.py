@@ -1,7 +1,6 @@
 """Rules against plain Python, on scores made up for the purpose; and their equivalences on small models."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from dcache import Sampling
 from dcache.testing.models import random_model
 from dcache.testing.steps import commits, counts, uncached
 from dcache.unmasking.confidence import CertaintyPrior, Entropy, LowConfidence, Margin, Threshold
-from dcache.unmasking.density import density
 from dcache.unmasking.order import LeftToRight
 from dcache.unmasking.parallel import EntropyBounded, Factor
 from dcache.unmasking.selection import best, between, prefix_by_entropy, prefix_by_factor
@@ -111,19 +109,6 @@ def test_the_entropy_bound_leaves_out_the_largest_or_as_published_the_latest(giv
         expected.add(order[k - 1])
     found = prefix_by_entropy(as_row(score), as_row(eligible), torch.from_numpy(entropy)[None], gamma, published)
     assert marked(found) == expected or abs(gamma - round(gamma, 3)) < 1e-6
-
-
-@given(n=st.integers(1, 20), sigma=st.floats(0.3, 30), seed=st.integers(0, 99))
-def test_the_density_is_the_sum_over_the_extended_generation(n, sigma, seed):
-    known = np.random.default_rng(seed).random(n) < 0.4
-    extended = [True] * n + known.tolist() + [bool(known[-1])] * n
-
-    def bell(d: int) -> float:
-        return math.exp(-(d**2) / (2 * sigma**2))
-
-    total = sum(bell(d) for d in range(-3 * n, 3 * n))
-    expected = [sum(bell(n + i - j) for j in range(3 * n) if extended[j]) / total for i in range(n)]
-    np.testing.assert_allclose(density(known, sigma), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
