@@ -186,8 +186,8 @@ def commits(step: Step, b: int) -> dict[int, int]:
 def same_decisions(found: Run, b: int, expected: Run, c: int, told: str) -> None:
     """Assert that sequence `b` of one run was decoded like sequence `c` of another.
 
-    Commits, re-masked rows and the number of steps must be equal and confidences close where both runs predict. Where the confidences agree and
-    a pick between equals fell the other way, the comparison ends: both runs are right.
+    Commits, re-masked rows and the number of steps must be equal, and confidences close where both runs predict. Where
+    the confidences agree and a pick between equals fell the other way, the comparison ends: both runs are right.
 
     Args:
         found: the run in question.
