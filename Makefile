@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 2.13.0
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadscope
 
 bin = $(VENV)/bin
 pip_install = $(bin)/python -m pip install -qq --disable-pip-version-check

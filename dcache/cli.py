@@ -281,7 +281,9 @@ def policies(
 @app.command()
 def verify(
     policy: Annotated[str, typer.Argument(help="an installed policy, e.g. 'dkv(interval=4)'")],
-    golden: Annotated[Path | None, option("folder of recorded runs; those of the policy are replayed", "--golden")] = None,
+    golden: Annotated[
+        Path | None, option("folder of recorded runs; those of the policy are replayed", "--golden")
+    ] = None,
     model: Annotated[str | None, option("also try a checkpoint, e.g. tiny-llada", "--model")] = None,
     examples: Annotated[int, option("canvases that are drawn per claim", "--examples", min=1)] = 20,
     seed: Annotated[int, option("seed of the drawing", "--seed", min=0)] = 0,
@@ -292,13 +294,12 @@ def verify(
 
     if format_ not in ("text", "json"):
         raise UsageError(f"unknown format {format_!r}; choose text or json")
-    make_policy(policy)
-    source = source_of(policy)
-    told = f"{policy} ({source}), dcache {dcache.__version__}, {examples} examples per claim, seed {seed}"
-    verdicts = []
+    found, source = verify(policy, examples=examples, seed=seed, golden=golden, model=model), source_of(policy)
     if format_ == "text":
+        told = f"{policy} ({source}), dcache {dcache.__version__}, {examples} examples per claim, seed {seed}"
         print(printable(told), flush=True)
-    for verdict in verify(policy, examples=examples, seed=seed, golden=golden, model=model):
+    verdicts = []
+    for verdict in found:
         verdicts.append(verdict)
         if format_ == "text":
             print(printable(str(verdict)), flush=True)

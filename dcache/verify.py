@@ -39,6 +39,10 @@ def verify(
     make_policy(policy)
     if golden is not None and not golden.is_dir():
         raise UsageError(f"--golden {golden} is not a folder")
+    return _verdicts(policy, examples, seed, golden, model)
+
+
+def _verdicts(policy: str, examples: int, seed: int, golden: Path | None, model: str | None) -> Iterator[Verdict]:
     subject = Subject(policy)
     yield from judge_all(subject, examples, seed)
     if golden is not None:
@@ -97,7 +101,11 @@ def _on_model(subject: Subject, policy: str, name: str, seed: int) -> Iterator[V
     except UsageError as error:
         yield Verdict("model:agreement", f"it decodes {where}", "n/a", str(error))
         return
-    same = [i == j for out, want in zip(outputs, reference, strict=True) for i, j in zip(out.canvas, want.canvas, strict=True)]
+    same = [
+        i == j
+        for out, want in zip(outputs, reference, strict=True)
+        for i, j in zip(out.canvas, want.canvas, strict=True)
+    ]
     share = sum(out.trace.row_share for out in outputs) / len(outputs)
     told = f"agrees with none in {sum(same)} of {len(same)} tokens, computing {share:.0%} of the rows"
     yield Verdict("model:agreement", f"it decodes {where}: {told}", "pass")

@@ -212,6 +212,7 @@ def test_policies_lists_each_with_its_paper_and_knobs(capsys):
         "dkv: Delayed caching of decoded tokens.\n"
         "    paper: dKV-Cache: The Cache for Diffusion Language Models, arXiv 2505.15781\n"
         "    pairs with: low-confidence\n"
+        "    equals no cache with: variant=decode,interval=1\n"
         "    variant = decode  (decode, greedy, prefill, pd)\n"
         "        decode reuses decoded rows; greedy all but those decoded now and by the last step; prefill\n"
         "        the prompt, for ever; pd the prompt for ever and decoded rows between refreshes\n"

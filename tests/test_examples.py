@@ -19,7 +19,9 @@ HOME = Path(dcache.__file__).parents[1]  # site-packages, or the checkout where 
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example, installed into a folder without network; built from a copy, since a build leaves files behind."""
     place = tmp_path_factory.mktemp("periodic")
-    shutil.copytree(ROOT / "examples" / "periodic", place / "source", ignore=shutil.ignore_patterns("*.egg-info", "build"))
+    shutil.copytree(
+        ROOT / "examples" / "periodic", place / "source", ignore=shutil.ignore_patterns("*.egg-info", "build")
+    )
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-index"]
     run([*pip, "--no-build-isolation", "--target", str(place / "installed"), str(place / "source")], {}, place)
     return place
@@ -33,7 +35,9 @@ def run(command: list[str], env: dict[str, str], cwd: Path, code: int = 0) -> st
 
 def said(target: Path, *arguments: str, code: int = 0) -> str:
     path = os.pathsep.join([str(target / "installed"), str(HOME)])
-    return run([sys.executable, "-P", *arguments], {"PYTHONPATH": path, "COLUMNS": "200"}, target, code)
+    return run(
+        [sys.executable, "-P", *arguments], {"PYTHONPATH": path, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}, target, code
+    )
 
 
 def test_it_is_listed_with_its_distribution(target: Path) -> None:
@@ -49,7 +53,7 @@ def test_it_is_compared(target: Path) -> None:
 
 
 def test_it_is_verified(target: Path) -> None:
-    options = ["--examples", "2", "--model", "tiny-llada", "--format", "json"]
+    options = ["--examples", "1", "--model", "tiny-llada", "--format", "json"]
     data = json.loads(said(target, "-m", "dcache", "verify", "periodic(period=4)", *options))
     assert (data["policy"], data["source"], data["holds"]) == ("periodic(period=4)", "dcache-periodic 0.1", True)
     status = {verdict["claim"]: verdict["status"] for verdict in data["verdicts"]}

@@ -160,7 +160,7 @@ class Run:
         return self
 
     def again(self, draw: int = 0) -> Run:
-        """Decode once more on the same engine, from the beginning; other prompts of the same shape if `draw` is not 0."""
+        """Decode once more on the same engine, from the beginning; with other prompts if `draw` is not 0."""
         self.state = self.canvas.state(self.only, draw)
         return self.go()
 
@@ -186,8 +186,8 @@ def commits(step: Step, b: int) -> dict[int, int]:
 def same_decisions(found: Run, b: int, expected: Run, c: int, told: str) -> None:
     """Assert that sequence `b` of one run was decoded like sequence `c` of another.
 
-    Commits, re-masked rows and the number of steps must be equal and confidences close. Where the confidences agree and
-    a pick between equals fell the other way, the comparison ends: both runs are right.
+    Commits, re-masked rows and the number of steps must be equal, and confidences close where both runs predict. Where
+    the confidences agree and a pick between equals fell the other way, the comparison ends: both runs are right.
 
     Args:
         found: the run in question.
@@ -217,12 +217,9 @@ def close_confidences(found: np.ndarray, expected: np.ndarray, place: str, told:
     """Assert that the confidences (slots,) of a step agree; -inf stands where nothing was predicted."""
     width = min(len(found), len(expected))  # a sequence alone has a narrower canvas
     off = ~np.isclose(found[:width], expected[:width], rtol=CLOSE, atol=CLOSE)
-    off &= np.isfinite(expected[:width])  # a policy may have more positions predicted than the window
+    off &= np.isfinite(found[:width]) & np.isfinite(expected[:width])  # what else is predicted is the policy's choice
     p = int(off.argmax())
-    assert not off[p], (
-        f"{place}, position {p}: found confidence {found[p]:.6f}, expected {expected[p]:.6f} ({told}); "
-        "-inf means that the position was not predicted"
-    )
+    assert not off[p], f"{place}, position {p}: found confidence {found[p]:.6f}, expected {expected[p]:.6f} ({told})"
 
 
 def _token(got: Mapping[int, int], p: int) -> str:

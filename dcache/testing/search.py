@@ -158,7 +158,7 @@ def judge(claim: Claim, subject: Subject, examples: int, start: int = 0) -> Verd
             search()
     except Unsatisfiable:
         return verdict("n/a", f"every canvas was refused, the last because {trial.refused}")
-    except Exception as error:
+    except Exception:
         if trial.last is None:
             raise
         canvas, found = trial.last

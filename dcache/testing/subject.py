@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 from dcache.calls import Call, parse_call
 from dcache.errors import UsageError
-from dcache.policy import CachePolicy
 from dcache.testing.runs import Canvas, Maker, policy_of, refusal, unmaskers
 
 PATIENCE = 8  # steps within which a committed row is computed with its token

@@ -32,7 +32,7 @@ class Pausing(Unmasker):
 
 
 class Remasking(Unmasker):
-    """The two most confident rows per step; after some steps the leftmost committed row of the block is masked again."""
+    """The two most confident rows per step; after some steps the leftmost committed row is masked again."""
 
     def ask(self, state: State) -> Ask:
         """The masked rows of the block."""

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ class Watch:
             self._count("rows", at, rows)
             self._attention.counted = True
             try:
-                return attend(at, rows, q)
+                return cast(Tensor, attend(at, rows, q))
             finally:
                 self._attention.counted = False
 
@@ -135,8 +135,7 @@ class Watch:
 
         def shadowing(at: Layer, rows: Tensor, h: Tensor) -> Tensor:
             self._count("rows", at, rows)
-            out: Tensor = shadow(at, rows, h)
-            return out
+            return cast(Tensor, shadow(at, rows, h))
 
         def downloading(packet: Packet) -> None:
             self.downloads += 1
@@ -146,12 +145,12 @@ class Watch:
         try:
             for name, hook in hooks.items():
                 setattr(Layer, name, hook)
-            Packet.download = downloading  # type: ignore[method-assign]
+            setattr(Packet, "download", downloading)  # noqa: B010 - a method, as mypy sees it
             yield
         finally:
             for name, original in originals.items():
                 setattr(Layer, name, original)
-            Packet.download = download  # type: ignore[method-assign]
+            setattr(Packet, "download", download)  # noqa: B010
 
     def _on_host(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any) -> Any:
@@ -200,7 +199,9 @@ class Watch:
             ("fresh", self._written[index], "although the layer did not write the row with at.write"),
         ):
             for b, p in np.argwhere(moved & ~allowed)[:1]:
-                self.note(claim, f"{self._step_text}, sequence {b}, position {p}: {name} of layer {index} changed {why}")
+                self.note(
+                    claim, f"{self._step_text}, sequence {b}, position {p}: {name} of layer {index} changed {why}"
+                )
 
     def _books(self) -> None:
         """The engine's count of the step so far against the hooks'."""
@@ -213,7 +214,9 @@ class Watch:
                     f"but {count[index, b]} were computed",
                 )
             for b in np.flatnonzero((count.sum(0) > 0) & ~self.run.state.active)[:1]:
-                self.note("finished", f"{self._step_text}: {count[:, b].sum()} {name} of sequence {b}, which is finished")
+                self.note(
+                    "finished", f"{self._step_text}: {count[:, b].sum()} {name} of sequence {b}, which is finished"
+                )
 
     def _in_layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         self._here = []
@@ -221,7 +224,9 @@ class Watch:
             stream = self._layer(at, rows, h)
         if self._attention.found:
             self._attention.found = False
-            self.note("books", f"{self._step_text}, layer {at.index}: attention past at.attend, so its rows are not counted")
+            self.note(
+                "books", f"{self._step_text}, layer {at.index}: attention past at.attend, so its rows are not counted"
+            )
         inputs = torch.full((h.shape[0], at.dump + 1, h.shape[-1]), float("nan"), dtype=h.dtype)
         put(inputs, rows, h)
         for written in self._here:
@@ -240,12 +245,10 @@ class Watch:
             off = ~torch.isclose(at.stored(name, rows), expected, rtol=FRESH, atol=FRESH)
             for lane, i in (off.any(-1).any(1) & (rows < at.dump)).nonzero()[:1].tolist():
                 found, want = at.stored(name, rows)[lane, :, i].flatten(), expected[lane, :, i].flatten()
-                self.note(
-                    "fresh",
-                    f"{self._step_text}, sequence {self._lanes(at, rows)[lane]}, position {int(rows[lane, i])}: {name} of "
-                    f"layer {at.index} is [{found[0]:.4f}, {found[1]:.4f}, ...], a fresh projection of the layer's input "
-                    f"is [{want[0]:.4f}, {want[1]:.4f}, ...]",
-                )
+                place = f"{self._step_text}, sequence {self._lanes(at, rows)[lane]}, position {int(rows[lane, i])}"
+                told = f"{place}: {name} of layer {at.index} is [{found[0]:.4f}, {found[1]:.4f}, ...], "
+                told += f"a fresh projection of the layer's input is [{want[0]:.4f}, {want[1]:.4f}, ...]"
+                self.note("fresh", told)
 
     @staticmethod
     def _lanes(at: Layer, rows: Tensor) -> list[int]:

@@ -1,7 +1,8 @@
 """A cache policy in a package of its own: reuse decoded rows, and refresh everything now and then."""
 
-from dcache import CachePolicy, Plan, PolicyConfig, Register, State, hookimpl
 from pydantic import Field
+
+from dcache import CachePolicy, Plan, PolicyConfig, Register, State, hookimpl
 
 
 class Periodic(CachePolicy):

@@ -6,7 +6,7 @@ What the faults are planted in, `Periodic`, is right: it passes every claim as `
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -297,7 +297,7 @@ class DrawsRowsFromAGenerator(Periodic):
 
 @found_by("every_byte_is_reported_and_returned", "outlive the engine and the policy|bytes are held")
 class KeepsEverything(Periodic):
-    kept: list[Tensor] = []
+    kept: ClassVar[list[Tensor]] = []
 
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         self.kept.append(h)
@@ -353,8 +353,16 @@ def verdict_on(claim: str, subject: Subject) -> search.Verdict:
 def readable(verdict: search.Verdict) -> bool:
     """It names the claim, the place, what is wrong, and the smallest example with the code that reproduces it."""
     text = str(verdict)
-    parts = [verdict.text, "smallest failing example: random model", "(prompt + masked) rows", f"hold({verdict.claim!r}"]
-    return all(part in text for part in parts) and re.search(r"step \d|layer \d|tensors? of shape|unmasker", text) is not None
+    parts = [
+        verdict.text,
+        "smallest failing example: random model",
+        "(prompt + masked) rows",
+        f"hold({verdict.claim!r}",
+    ]
+    return (
+        all(part in text for part in parts)
+        and re.search(r"step \d|layer \d|tensors? of shape|unmasker", text) is not None
+    )
 
 
 @pytest.fixture(autouse=True)
