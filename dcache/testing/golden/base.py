@@ -22,7 +22,7 @@ from torch import Tensor
 from dcache.models.loading import Model
 from dcache.plugins import load_model, plugins
 from dcache.state import State
-from dcache.unmasking.base import Ask, Asked, Noise, Picks, Unmasker
+from dcache.unmasking.base import Ask, Asked, Picks, Unmasker
 
 LOGITS_TOLERANCE = 2e-4  # absolute, float32; recorded logits reach about 20
 CONFIDENCE_TOLERANCE = 1e-4
@@ -32,40 +32,6 @@ SIMILARITY_TOLERANCE = 2e-5
 @lru_cache(maxsize=8)
 def _weights(folder: Path) -> Model:
     return load_model(folder, device="cpu", dtype=torch.float32)
-
-
-class Replayed(Noise):
-    """The random numbers of a recorded run: drawn from torch's generator in the order and shapes of that program."""
-
-    def __init__(self, seed: int, batch: int, slots: int, vocab: int, temperature: bool, positions: bool):
-        super().__init__(seed)
-        self._generator = torch.Generator().manual_seed(seed)
-        self._size = (batch, slots, vocab)
-        self._temperature, self._positions = temperature, positions
-        self._drawn: list[tuple[Tensor | None, Tensor | None]] = []
-
-    def _at(self, step: int) -> tuple[Tensor | None, Tensor | None]:
-        while len(self._drawn) <= step:
-            tokens = positions = None
-            if self._temperature:
-                tokens = torch.rand(self._size, dtype=torch.float64, generator=self._generator)
-            if self._positions:
-                positions = torch.rand(self._size[:2], generator=self._generator)
-            self._drawn.append((tokens, positions))
-        return self._drawn[step]
-
-    def tokens(self, at: Asked, vocab: int) -> Tensor:
-        """The recorded draw of this step."""
-        drawn = self._at(int(at.step.max()))[0]
-        assert drawn is not None
-        where = at.where.clamp_max(drawn.shape[1] - 1)
-        return drawn[at.lanes].gather(1, where[..., None].expand(*where.shape, vocab))
-
-    def positions(self, at: Asked) -> Tensor:
-        """The recorded draw of this step."""
-        drawn = self._at(int(at.step.max()))[1]
-        assert drawn is not None
-        return drawn[at.lanes].gather(1, at.where.clamp_max(drawn.shape[1] - 1))
 
 
 class Watched(Unmasker):
@@ -99,6 +65,12 @@ class Watched(Unmasker):
         """Logits (vocab,) that a row gave in a step; None for a last row that predicts no position of the canvas."""
         kept = self.logits[step][b]
         return kept.get(row + self.shift) if row + self.shift == self.end[b] else kept[row + self.shift]
+
+
+def left_padding(data: Mapping[str, Any]) -> list[int]:
+    """Padding before each recorded prompt."""
+    mask = data.get("attention_mask")
+    return [0] * data["batch"] if mask is None else [row.index(1) for row in mask]
 
 
 def equal(what: str, found: object, expected: object) -> None:

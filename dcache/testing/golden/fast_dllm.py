@@ -31,18 +31,9 @@ class FastDLLMCase(LoopCase):
         shifted = self.settings.get("variant") == "shifted"
         return FastDLLM(mode=self.settings["cache"], rows="predicting" if shifted else "block")
 
-    @property
-    def steps(self) -> list[Mapping[str, Any]]:
-        """The recorded steps that dcache makes."""
-        steps: list[Mapping[str, Any]] = []
-        done: list[set[int]] = [set() for _ in range(self.data["batch"])]
-        for step in self.data["steps"]:
-            block = set(span(step["block_range"]))
-            if any(block - known for known in done):
-                steps.append(step)
-            for known, commits in zip(done, step["commit"], strict=True):
-                known.update(p for p, _ in commits)
-        return steps
+    def block(self, step: Mapping[str, Any]) -> set[int]:
+        """Positions of the block of a step."""
+        return set(span(step["block_range"]))
 
     def _compare_passes(self, trace: list[Step], watched: Watched) -> None:
         for i, (step, recorded) in enumerate(zip(trace, self.steps, strict=True)):

@@ -21,6 +21,7 @@ from dcache.testing.golden.base import (
     Watched,
     close,
     equal,
+    left_padding,
 )
 from dcache.testing.golden.unmaskers import recorded_unmasker, unknown_settings
 from dcache.trace import Step
@@ -39,8 +40,7 @@ class LoopCase(Case):
     @property
     def pads(self) -> list[int]:
         """Left padding of each recorded sequence."""
-        mask = self.data.get("attention_mask")
-        return [0] * self.data["batch"] if mask is None else [row.index(1) for row in mask]
+        return left_padding(self.data)
 
     @property
     def gen_length(self) -> int:
@@ -49,9 +49,23 @@ class LoopCase(Case):
 
     @property
     def steps(self) -> Sequence[Mapping[str, Any]]:
-        """The recorded steps that dcache makes: all, unless a method says otherwise."""
-        steps: Sequence[Mapping[str, Any]] = self.data["steps"]
+        """The recorded steps that dcache makes: those in which a row of the block, or of the canvas, was masked."""
+        steps: list[Mapping[str, Any]] = []
+        done: list[set[int]] = [set() for _ in range(self.data["batch"])]
+        for step in self.data["steps"]:
+            if any(self.block(step) - known for known in done):
+                steps.append(step)
+            for known, commits in zip(done, step["commit"], strict=True):
+                for p, token in commits or ():
+                    (known.discard if token == self.data["mask_id"] else known.add)(p)
         return steps
+
+    def block(self, step: Mapping[str, Any]) -> set[int]:
+        """Recorded positions of the block of a step; those of the generation where it knows no blocks."""
+        begin, end = len(self.data["prompt"][0]), len(self.data["final"][0])
+        if (size := self.settings.get("block_length")) is None or "block" not in step:
+            return set(range(begin, end))
+        return set(range(begin + step["block"] * size, begin + (step["block"] + 1) * size))
 
     @abstractmethod
     def policy(self) -> CachePolicy:
@@ -64,7 +78,7 @@ class LoopCase(Case):
         model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], ends or (126,))
         prompts = [row[pad:] for row, pad in zip(self.data["prompt"], self.pads, strict=True)]
         state = State(model.spec, prompts, self.gen_length, s.get("block_length"), guided=bool(s.get("cfg_scale")))
-        watched = Watched(recorded_unmasker(self.data, state.slots, model.spec.vocab_size))
+        watched = Watched(recorded_unmasker(self.data, model.spec.vocab_size))
         trace = decode(Engine(model.transformer, self.policy(), watched, debug=True), state)
         self._compare_commits(trace)
         for b, pad in enumerate(self.pads):
@@ -90,20 +104,23 @@ class LoopCase(Case):
 
     def _compare_passes(self, trace: list[Step], watched: Watched) -> None:
         for i, (step, recorded) in enumerate(zip(trace, self.steps, strict=True)):
+            number = recorded["step"]
             for b, pad in enumerate(self.pads):
+                if not step.active[b]:
+                    continue  # the program goes on with a sequence that is through while another is not
                 total = len(self.data["final"][b])
                 rows = recorded["rows"][b] if "rows" in recorded else range(total)
                 computed = [p - pad for p in rows if p >= pad]
-                equal(f"step {i}, sequence {b}: rows", np.flatnonzero(step.rows[b]).tolist(), computed)
-                if (logits := self.tensors.get(f"logits.{i}")) is not None:
+                equal(f"step {number}, sequence {b}: rows", np.flatnonzero(step.rows[b]).tolist(), computed)
+                if (logits := self.tensors.get(f"logits.{number}")) is not None:
                     for n, p in enumerate(p - pad for p in rows):
                         if p >= 0 and (now := watched.of_row(i, b, p)) is not None:
-                            close(f"step {i}, row {p}", now, logits[b, n], LOGITS_TOLERANCE)
-                confidence = self.tensors["confidence"][i, b, pad:]
+                            close(f"step {number}, row {p}", now, logits[b, n], LOGITS_TOLERANCE)
+                confidence = self.tensors["confidence"][number, b, pad:]
                 scored = confidence.isfinite() & torch.from_numpy(step.rows[b, : len(confidence)])
                 if self.settings.get("remasking") != "random" and self.settings.get("alg") not in OTHER_SCORES:
                     now = torch.from_numpy(step.confidence[b, : len(confidence)])
-                    close(f"step {i}: confidence", now[scored], confidence[scored], CONFIDENCE_TOLERANCE)
+                    close(f"step {number}: confidence", now[scored], confidence[scored], CONFIDENCE_TOLERANCE)
 
 
 class NoCacheCase(LoopCase):

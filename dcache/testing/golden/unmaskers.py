@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dcache.testing.golden.base import Replayed
-from dcache.unmasking.base import Asked, Noise, Sampling, Unmasker
+from dcache.testing.golden.base import left_padding
+from dcache.testing.golden.noise import ReplayedDream, ReplayedLLaDA, ReplayedOrder
+from dcache.unmasking.base import Sampling, Unmasker
 from dcache.unmasking.confidence import CertaintyPrior, Entropy, LowConfidence, Margin, Random, Threshold
 from dcache.unmasking.klass import KLASS
 from dcache.unmasking.order import LeftToRight, RandomOrder
@@ -23,70 +22,6 @@ SCORES = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "ent
 RANKED: dict[str, type[Unmasker]] = {"maskgit_plus": LowConfidence, "topk_margin": Margin, "entropy": Entropy}
 
 
-class ReplayedDream(Noise):
-    """The random numbers of a recorded Dream run: exponential draws over the masked rows, in the program's order.
-
-    ``torch.multinomial`` of one sample is ``argmax(p / q)`` with q exponential, and the largest of it without
-    replacement; ``exp(-q)`` is the uniform number that gives the same as Gumbel noise.
-    """
-
-    def __init__(self, seed: int, batch: int, slots: int):
-        super().__init__(seed)
-        self._generator = torch.Generator().manual_seed(seed)
-        self._size = (batch, slots)
-        self._tokens: dict[int, Tensor] = {}
-        self._positions: dict[int, Tensor] = {}
-
-    def _exponential(self, *size: int) -> Tensor:
-        return (-torch.empty(size).exponential_(generator=self._generator).to(torch.float64)).exp()
-
-    def _spread(self, rows: Tensor, values: Tensor) -> Tensor:
-        """Values of some rows in order, 1/2 elsewhere."""
-        full = torch.full((*rows.shape, *values.shape[1:]), 0.5, dtype=torch.float64)
-        full[rows] = values.to(torch.float64)
-        return full
-
-    def tokens(self, at: Asked, vocab: int) -> Tensor:
-        """One categorical sample over the masked rows; under ``origin`` over those that were drawn."""
-        step, rows = int(at.step.max()), at.eligible
-        if step not in self._tokens:
-            if "share" in at.flags:
-                rows = rows & (self.positions(at) < at.flags["share"][:, None])
-            self._tokens[step] = self._spread(rows, self._exponential(int(rows.sum()), vocab))
-        return self._tokens[step]
-
-    def positions(self, at: Asked) -> Tensor:
-        """``origin``: one uniform number per masked row; ``alg_temp``: one multinomial over the canvas."""
-        step, rows = int(at.step.max()), at.eligible
-        if step not in self._positions:
-            if "share" in at.flags:
-                drawn = self._spread(rows, torch.rand(int(rows.sum()), generator=self._generator))
-            elif bool((at.flags["quota"] > 0).any()):
-                canvas = self._exponential(*self._size)[at.lanes]
-                drawn = canvas.gather(1, at.where.clamp_max(self._size[1] - 1))
-            else:
-                drawn = torch.full(rows.shape, 0.5, dtype=torch.float64)
-            self._positions[step] = drawn
-        return self._positions[step]
-
-
-class ReplayedOrder(Noise):
-    """The decoding order of a recorded run, by block and sequence, in place of a drawn one."""
-
-    def __init__(self, order: Sequence[Sequence[Sequence[int]]]):
-        super().__init__(0)
-        self._blocks = order
-
-    def order(self, sequence: Tensor, start: Tensor, slots: int) -> Tensor:
-        """Draws that fall along the recorded order."""
-        drawn = torch.zeros(len(start), slots, dtype=torch.float64)
-        for b, begin in enumerate(start[:, 0].tolist()):
-            for block in self._blocks:
-                if begin in block[b]:
-                    drawn[b, block[b]] = torch.linspace(0.9, 0.1, len(block[b]), dtype=torch.float64)
-        return drawn
-
-
 def unknown_settings(data: Mapping[str, Any]) -> str | None:
     """Why no unmasker does what was recorded; None if one does."""
     if data.get("defect"):
@@ -94,23 +29,26 @@ def unknown_settings(data: Mapping[str, Any]) -> str | None:
     strategy = data.get("strategy", "vanilla")
     if strategy not in ("vanilla", "klass", "wino", "ar"):
         return f"strategy {strategy!r} is not installed"
+    s = data["settings"]
+    rule = next((name for name in ("factor", "gamma") if s.get(name) is not None), None)
+    if rule and (strategy == "klass" or _debiased(s)):
+        return f"{'klass' if strategy == 'klass' else 'pc'} has no variant with {rule}"
     return None
 
 
-def recorded_unmasker(data: Mapping[str, Any], slots: int, vocab: int) -> Unmasker:
-    """The unmasker of a recorded run.
+def _debiased(settings: Mapping[str, Any]) -> bool:
+    """Whether the score is weighed by token frequencies; margin and entropy take its place in the released code."""
+    return bool(settings.get("debias")) and settings.get("alg") not in ("topk_margin", "entropy")
 
-    Args:
-        data: the case.
-        slots: width of its canvas.
-        vocab: size of the vocabulary.
-    """
+
+def recorded_unmasker(data: Mapping[str, Any], vocab: int) -> Unmasker:
+    """The unmasker of a recorded run, on a vocabulary of `vocab` ids."""
     s = data["settings"]
     if "strategy" in data or "num_transfer_tokens" in s or s.get("variant") == "shifted":
         return _framework(data)
     if "remasking" in s:
-        return _llada(data, slots, vocab)
-    return _dream(data, slots)
+        return _llada(data, vocab)
+    return _dream(data)
 
 
 def _sampling(data: Mapping[str, Any], rule: str) -> Sampling:
@@ -127,7 +65,7 @@ def _sampling(data: Mapping[str, Any], rule: str) -> Sampling:
     )
 
 
-def _llada(data: Mapping[str, Any], slots: int, vocab: int) -> Unmasker:
+def _llada(data: Mapping[str, Any], vocab: int) -> Unmasker:
     """LLaDA's ``generate`` and its descendants: an even split, or a rule that ignores the steps."""
     s, sampling = data["settings"], _sampling(data, "plain")
     random = s["remasking"] == "random"
@@ -135,7 +73,8 @@ def _llada(data: Mapping[str, Any], slots: int, vocab: int) -> Unmasker:
         return RandomOrder(sampling=sampling, noise=ReplayedOrder(data["denoising_order"]), steps=s["steps"])
     noise = None
     if data.get("stochastic"):
-        noise = Replayed(data["torch_seed"], data["batch"], slots, vocab, sampling.temperature > 0, random)
+        draws = (vocab if sampling.temperature > 0 else None, random)
+        noise = ReplayedLLaDA(data["torch_seed"], left_padding(data), len(data["final"][0]), *draws)
     if s.get("threshold") is not None:
         return Threshold(sampling=sampling, noise=noise, threshold=s["threshold"])
     factor = s.get("factor") if s.get("factor") is not None else s.get("dynamic_threshold_factor")
@@ -144,14 +83,16 @@ def _llada(data: Mapping[str, Any], slots: int, vocab: int) -> Unmasker:
     return (Random if random else LowConfidence)(sampling=sampling, noise=noise, steps=s["steps"])
 
 
-def _dream(data: Mapping[str, Any], slots: int) -> Unmasker:
+def _dream(data: Mapping[str, Any]) -> Unmasker:
     """Dream's ``diffusion_generate`` and its descendants.
 
     Caches that work in blocks (Fast-dLLM, Sparse-dLLM) commit the first row of a block alone in its first step;
     SPA-Cache commits at least one row per step, the others make the idle forward calls too.
     """
     s, sampling, method = data["settings"], _sampling(data, "filtered"), data["method"]
-    noise = ReplayedDream(data["torch_seed"], data["batch"], slots) if data.get("stochastic") else None
+    noise = None
+    if data.get("stochastic"):
+        noise = ReplayedDream(data["torch_seed"], left_padding(data), len(data["final"][0]))
     blocks = s.get("cache") in ("prefix", "dual") or method == "sparse_dllm"
     first = "alone" if blocks else "free"
     common: dict[str, Any] = {"sampling": sampling, "noise": noise}
@@ -196,7 +137,7 @@ def _framework(data: Mapping[str, Any]) -> Unmasker:
         )
     if data.get("strategy") == "ar":
         return LeftToRight(**common, threshold=s.get("threshold"))
-    if s.get("debias"):
+    if _debiased(s):
         table = np.array(data["token_freq"])
         return PCSampler(**common, table=table, clip_alpha=s["clip_alpha"], threshold=s.get("threshold"))
     if s.get("threshold") is not None:
