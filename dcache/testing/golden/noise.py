@@ -1,4 +1,4 @@
-"""The random numbers of recorded runs: drawn from torch's generator in the order and shapes of the published programs."""
+"""The random numbers of recorded runs: drawn from torch's generator in the order and shapes of the programs."""
 
 from __future__ import annotations
 

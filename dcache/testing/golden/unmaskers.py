@@ -75,11 +75,12 @@ def _llada(data: Mapping[str, Any], vocab: int) -> Unmasker:
     if data.get("stochastic"):
         draws = (vocab if sampling.temperature > 0 else None, random)
         noise = ReplayedLLaDA(data["torch_seed"], left_padding(data), len(data["final"][0]), *draws)
+    score = "random" if random else "confidence"
     if s.get("threshold") is not None:
-        return Threshold(sampling=sampling, noise=noise, threshold=s["threshold"])
+        return Threshold(sampling=sampling, noise=noise, threshold=s["threshold"], score=score)
     factor = s.get("factor") if s.get("factor") is not None else s.get("dynamic_threshold_factor")
     if factor is not None:
-        return Factor(sampling=sampling, noise=noise, factor=factor, variant="fast-dllm")
+        return Factor(sampling=sampling, noise=noise, factor=factor, variant="fast-dllm", score=score)
     return (Random if random else LowConfidence)(sampling=sampling, noise=noise, steps=s["steps"])
 
 

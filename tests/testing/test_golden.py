@@ -1,0 +1,79 @@
+"""How recorded runs are read: their random numbers, their padding, the steps that dcache does not make."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcache.testing.golden.loop import NoCacheCase
+from dcache.testing.golden.noise import ReplayedDream, ReplayedLLaDA
+from dcache.testing.golden.unmaskers import recorded_unmasker, unknown_settings
+from dcache.testing.models import random_model
+from dcache.testing.steps import asked
+
+SPEC = random_model().spec
+
+
+def case(steps, *, gen_length=4, **settings):
+    canvas = [[5, 6] + [1] * gen_length]
+    data = {"model": "llada-tiny", "batch": 1, "mask_id": 31, "prompt": [[5, 6]], "final": canvas}
+    return NoCacheCase(Path("none"), data | {"settings": {"gen_length": gen_length} | settings, "steps": steps})
+
+
+def test_a_left_padded_sequence_reads_the_draws_of_its_recorded_slots():
+    noise = ReplayedLLaDA(3, [0, 2], 8, SPEC.vocab_size, True)
+    at = asked(SPEC, batch=2)
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.rand(2, 8, SPEC.vocab_size, dtype=torch.float64, generator=generator)
+    positions = torch.rand(2, 8, generator=generator)
+    assert torch.equal(noise.tokens(at, SPEC.vocab_size), torch.stack([tokens[0, :6], tokens[1, 2:]]))
+    assert torch.equal(noise.positions(at), torch.stack([positions[0, :6], positions[1, 2:]]))
+
+
+def test_the_draws_of_dream_for_the_whole_canvas_count_padding_too():
+    noise = ReplayedDream(3, [0, 2], 8)
+    drawn = noise.positions(asked(SPEC, batch=2, quota=torch.tensor([1, 1])))
+    q = torch.empty(2, 8).exponential_(generator=torch.Generator().manual_seed(3)).to(torch.float64)
+    assert torch.equal(drawn, (-torch.stack([q[0, :6], q[1, 2:]])).exp())
+
+
+def test_the_two_sequences_of_a_guided_text_share_its_draws():
+    noise = ReplayedLLaDA(3, [1, 0], 8, SPEC.vocab_size, False)
+    drawn = noise.tokens(asked(SPEC, batch=4), SPEC.vocab_size)
+    assert torch.equal(drawn[:2], drawn[2:])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_steps_of_a_block_that_is_complete_are_left_out():
+    steps = [
+        {"step": 0, "block": 0, "commit": [[[2, 1], [3, 1]]]},
+        {"step": 1, "block": 0, "commit": [[]]},
+        {"step": 2, "block": 1, "commit": [[]]},  # idle, but not in vain: its block is open
+        {"step": 3, "block": 1, "commit": [[[4, 1], [5, 1]]]},
+        {"step": 4, "block": 1, "commit": [[]]},
+    ]
+    assert [step["step"] for step in case(steps, block_length=2).steps] == [0, 2, 3]
+    assert [step["step"] for step in case(steps).steps] == [0, 1, 2, 3]
+
+
+def test_a_row_that_was_put_back_keeps_its_block_open():
+    steps = [
+        {"step": 0, "commit": [[[2, 1]]]},
+        {"step": 1, "commit": [[[2, 31], [3, 1]]]},
+        {"step": 2, "commit": [[[2, 1]]]},
+    ]
+    assert len(case(steps, gen_length=2).steps) == 3
+
+
+@pytest.mark.parametrize("alg", ["topk_margin", "entropy"])
+def test_margin_and_entropy_take_the_place_of_the_debiased_score(alg):
+    data = {"strategy": "vanilla", "settings": {"debias": True, "clip_alpha": 10.0, "alg": alg}}
+    assert recorded_unmasker(data, SPEC.vocab_size).refuses(SPEC) is None
+
+
+@pytest.mark.parametrize("rule", ["factor", "gamma"])
+@pytest.mark.parametrize(("strategy", "more"), [("klass", {}), ("vanilla", {"debias": True})])
+def test_a_rule_that_an_unmasker_lacks_is_named(strategy, more, rule):
+    reason = unknown_settings({"strategy": strategy, "settings": {rule: 1.0} | more})
+    assert reason is not None
+    assert rule in reason
