@@ -24,10 +24,14 @@ HELD = torch.finfo(torch.float32).min  # score of a row that is to come last
 
 
 def margin_of(logits: Tensor) -> Tensor:
-    """(batch, w) float32: lead of the likeliest of (batch, w, vocab) over the second."""
+    """(batch, w) float32: lead of the likeliest of (batch, w, vocab) over the second.
+
+    The maximum is subtracted before anything is rounded: a low temperature makes large logits and leads close to 1.
+    """
     logits = logits.to(torch.float32)
-    top = (logits.topk(2, dim=-1).values - logits.logsumexp(-1, keepdim=True)).exp()
-    return top[..., 0] - top[..., 1]
+    top = logits.topk(2, dim=-1).values
+    weight = (logits - top[..., :1]).exp()
+    return (1 - (top[..., 1] - top[..., 0]).exp()) / weight.sum(-1)
 
 
 def certainty_of(logits: Tensor) -> Tensor:

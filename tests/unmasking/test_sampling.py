@@ -142,3 +142,14 @@ def test_the_order_of_a_block_depends_on_its_start_and_not_on_the_batch():
     assert torch.equal(two[1:], noise.order(torch.tensor([[9]]), torch.tensor([[2]]), 16))
     assert not torch.equal(two[1:], noise.order(torch.tensor([[9]]), torch.tensor([[6]]), 16))
     assert not torch.equal(two[0], two[1])
+
+
+def test_leads_near_one_keep_their_order_at_a_low_temperature():
+    logits = torch.zeros(1, 8, 32)
+    logits[..., 5] = 20.0
+    logits[..., 6] = 20.0 - torch.linspace(1.1, 1.3, 8)  # 11 to 13 nats at temperature 0.1
+    tempered = filtered(logits, Sampling(temperature=0.1, confidence="filtered"))
+    two = tempered.to(torch.float64).softmax(-1).sort(descending=True).values
+    lead = margin_of(tempered)
+    torch.testing.assert_close(lead.to(torch.float64), two[..., 0] - two[..., 1], atol=2e-7, rtol=0)
+    assert (lead.diff() > 0).all()
