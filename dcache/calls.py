@@ -1,7 +1,7 @@
 """The little language of policies and unmaskers: ``elastic``, ``elastic(gamma=0.95,window=32)``.
 
-A name, then optional ``knob=value`` pairs. A value is an integer, a float, ``true``, ``false``, ``none``, a word or a path.
-The parser says where it stopped; what the values mean is for the knobs' own class to judge.
+A name, then optional ``knob=value`` pairs. A value is an integer, a float, ``true``, ``false``, ``none``, a word or
+a path. The parser says where it stopped; what the values mean is for the knobs' own class to judge.
 """
 
 import math
@@ -59,7 +59,8 @@ def parse_value(text: str) -> Value:
     if WORD.fullmatch(text) and text.lower() not in ("nan", "inf", "infinity"):
         return text
     raise UsageError(
-        f"{text!r} is not a value; write a number, true, false, none, a word, or a path of letters, digits and . _ : + / -"
+        f"{text!r} is not a value; write a number, true, false, none, a word, or a path of letters, digits and "
+        "characters of ._:+/-"
     )
 
 

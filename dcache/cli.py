@@ -30,7 +30,20 @@ INTERRUPTED = 130
 REPORT_EVERY_S = 30.0
 COUNT, COUNT_OR_NONE = "INTEGER", "INTEGER|none"
 NUMBER, NUMBER_OR_NONE = "FLOAT", "FLOAT|none"
-NUMBERS = ("gen_length", "block_length", "limit", "repeats", "temperature", "top_p", "top_k", "guidance", "seed", "batch_size", "examples", "patience")
+NUMBERS = (
+    "gen_length",
+    "block_length",
+    "limit",
+    "repeats",
+    "temperature",
+    "top_p",
+    "top_k",
+    "guidance",
+    "seed",
+    "batch_size",
+    "examples",
+    "patience",
+)
 
 app = typer.Typer(
     help="Cache policies for diffusion language models, compared under one decoding loop and one engine.",
@@ -296,7 +309,11 @@ def verify(
     format_: Annotated[str, option("text or json", "--format")] = "text",
 ) -> None:
     """Check that a policy keeps the contract; exits with 1 if a claim fails."""
-    from dcache.verify import source_of, verify, verify_settings  # hypothesis comes with it, which only this command needs
+    from dcache.verify import (
+        source_of,
+        verify,
+        verify_settings,
+    )  # hypothesis comes with it, which only this command needs
 
     if format_ not in ("text", "json"):
         raise UsageError(f"unknown format {format_!r}; choose text or json")

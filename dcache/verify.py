@@ -36,7 +36,7 @@ def verify_settings(**settings: Any) -> VerifySettings:
 def verify(
     policy: str, *, golden: str | Path | None = None, model: str | None = None, **settings: Any
 ) -> Iterator[Verdict]:
-    """Verdicts on an installed policy, one by one. What was asked for is checked, and the model loaded, before the first.
+    """Verdicts on an installed policy, one by one; what was asked for is checked before the first.
 
     Args:
         policy: as for ``--policies``: a name, with knobs if you like.
@@ -45,7 +45,7 @@ def verify(
         settings: fields of `dcache.config.VerifySettings`: examples, seed, patience.
 
     Raises:
-        UsageError: for unknown names, knobs out of bounds, a folder without runs, and a checkpoint that cannot be loaded.
+        UsageError: for unknown names, knobs out of bounds, a folder without runs, a checkpoint that cannot be loaded.
     """
     make_policy(policy)
     how = verify_settings(**settings)

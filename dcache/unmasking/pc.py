@@ -120,9 +120,7 @@ def read_frequencies(path: Path, size: int) -> Floats:
             raise ValueError(f"it has {path.stat().st_size} bytes, more than any table of {size} numbers needs")
         data: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"token frequencies cannot be read from {path}: {one_line(error)}; give {EXPECTED}"
-        ) from None
+        raise UsageError(f"token frequencies cannot be read from {path}: {one_line(error)}; give {EXPECTED}") from None
     try:
         table = _from_counts(data, size) if isinstance(data, dict) else _from_list(data, size)
     except ValueError as error:
