@@ -110,7 +110,7 @@ class Runner:
         )
         for kind, plugin, reason in refusals:
             if reason is not None:
-                raise UsageError(f"{kind} {plugin.name or plugin!r} cannot run like this: {reason}")
+                raise UsageError(f"{kind} {plugin.name or type(plugin).__name__!r} cannot run like this: {reason}")
 
     def _check_model(self) -> None:
         if self.model.device.type == "meta":
