@@ -201,7 +201,7 @@ def a_committed_row_never_changes(subject: Subject, canvas: Canvas) -> None:
 
 
 @claim(unmask="remasking")
-def re_masked_rows_are_decoded_again(subject: Subject, canvas: Canvas) -> None:
+def remasked_rows_are_decoded_again(subject: Subject, canvas: Canvas) -> None:
     """With an unmasker that takes commits back a run neither stalls nor depends on the batch."""
     run = plain(subject.policy, canvas)
     assert not run.state.masked.any(), f"positions {where(np.asarray(run.state.masked.any(0)))} are still masked"
