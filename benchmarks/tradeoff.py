@@ -181,7 +181,7 @@ class Bench:
             "agreement": sum(map(agreement, outputs, base)) / len(outputs),
             "nfe": sum(t.nfe for t in traces) / len(traces),
             "row_layers": sum(t.row_layers for t in traces),
-            "full_row_layers": sum(t.length * t.n_layers * t.nfe for t in traces),
+            "full_row_layers": sum(t.full_row_layers for t in traces),
             "refreshes": sum(t.refreshes for t in traces) / len(traces),
             "seconds": round(seconds, 1),
         }
@@ -232,6 +232,7 @@ class Point:
         value: of the knob.
         policy: as written, with the changes of the run's settings.
         accuracy, error: share of problems, and its standard error.
+        base: accuracy of no cache under the same settings of the run.
         agreement: with no cache under the same settings.
         rows: row-layers computed, as a share of as many steps without a cache.
         nfe, refreshes: mean over problems.
@@ -243,6 +244,7 @@ class Point:
     n: int
     accuracy: float
     error: float
+    base: float
     agreement: float
     rows: float
     nfe: float
@@ -256,6 +258,7 @@ def pooled(book: Book, line: str, value: object, policy: str, run: dict[str, Any
     except dcache.UsageError:
         return None
     found = [book.points[key] for key in keys if key in book.points]
+    none = [point for seed in book.conditions["seeds"] if (point := book.points.get(key_of(REFERENCE, run, seed)))]
     if not found:
         return None
     n = sum(p["n"] for p in found)
@@ -269,6 +272,7 @@ def pooled(book: Book, line: str, value: object, policy: str, run: dict[str, Any
         n=n,
         accuracy=accuracy,
         error=math.sqrt(accuracy * (1 - accuracy) / n),
+        base=sum(p["correct"] for p in none) / sum(p["n"] for p in none),
         rows=sum(p["row_layers"] for p in found) / sum(p["full_row_layers"] for p in found),
         **mean,
     )
@@ -298,15 +302,26 @@ def markdown(book: Book, points: Sequence[Point]) -> str:
     lines = [
         heading(book.conditions) + ".",
         "",
-        "| policy | accuracy | agreement | NFE | rows | refreshes |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| policy | accuracy | no cache | agreement | NFE | rows | refreshes |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for p in {point.policy: point for point in points}.values():
         accuracy = f"{100 * p.accuracy:.1f} ± {100 * p.error:.1f} %"
         lines.append(
-            f"| {p.policy} | {accuracy} | {p.agreement:.3f} | {p.nfe:.1f} | {100 * p.rows:.0f} % | {p.refreshes:.1f} |"
+            f"| {p.policy} | {accuracy} | {100 * p.base:.1f} % | {p.agreement:.4f} | {p.nfe:.1f} | "
+            f"{100 * p.rows:.0f} % | {p.refreshes:.1f} |"
         )
-    return "\n".join([*lines, "", "± is one standard error of the accuracy on so many problems."]) + "\n"
+    return (
+        "\n".join(
+            [
+                *lines,
+                "",
+                "± is one standard error of the accuracy on so many problems; the column 'no cache' is the accuracy of "
+                "`none` under the same settings.",
+            ]
+        )
+        + "\n"
+    )
 
 
 def publish(book: Book, lines: Sequence[Line]) -> None:

@@ -1,4 +1,9 @@
-"""The figure of `tradeoff.py`: accuracy and agreement against rows computed, one curve per policy and knob."""
+"""The figure of `tradeoff.py`: accuracy and agreement against rows computed, one curve per policy and knob.
+
+Accuracy stands as the difference from no cache under the same settings of the run, since a line may sweep one of them.
+The bars are one standard error of the policy's accuracy. Both decode the same problems, so the error of the difference
+is smaller.
+"""
 
 from __future__ import annotations
 
@@ -40,17 +45,16 @@ def draw(points: Sequence[Point], caption: str, path: Path) -> None:
         for number, line in enumerate(lines):
             look = _look(line, lines[:number], number)
             mine = [point for point in points if point.line == line]
-            rows, accuracy = [p.rows for p in mine], [p.accuracy for p in mine]
-            left.errorbar(rows, accuracy, [p.error for p in mine], capsize=2, elinewidth=0.7, label=line, **look)
+            rows, lost = [p.rows for p in mine], [100 * (p.accuracy - p.base) for p in mine]
+            left.errorbar(rows, lost, [100 * p.error for p in mine], capsize=2, elinewidth=0.7, label=line, **look)
             right.plot(rows, [p.agreement for p in mine], **look)
             _name_ends(right, mine, str(look["color"]))
-        left.set_ylabel("accuracy, with one standard error")
+        left.set_ylabel("accuracy less that of no cache, percentage points")
         right.set_ylabel("agreement with no cache")
         for axes in (left, right):
             axes.set_xlabel("row-layers computed, of those without a cache")
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.set_xlim(left=0)
-        left.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         handles, names = left.get_legend_handles_labels()
         figure.legend(handles, names, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         figure.suptitle(caption, fontsize=8, x=0.01, ha="left", wrap=True)
@@ -62,8 +66,8 @@ def draw(points: Sequence[Point], caption: str, path: Path) -> None:
 
 def _reference(left: Any, right: Any, point: Point) -> None:
     """No cache: a level with a band of one standard error."""
-    left.axhline(point.accuracy, color="#444", linewidth=1, label="none")
-    left.axhspan(point.accuracy - point.error, point.accuracy + point.error, color="#444", alpha=0.08, linewidth=0)
+    left.axhline(0, color="#444", linewidth=1, label=f"none: {100 * point.accuracy:.1f} %")
+    left.axhspan(-100 * point.error, 100 * point.error, color="#444", alpha=0.08, linewidth=0)
     right.axhline(1.0, color="#444", linewidth=1)
 
 

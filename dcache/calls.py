@@ -1,7 +1,7 @@
 """The little language of policies and unmaskers: ``elastic``, ``elastic(gamma=0.95,window=32)``.
 
-A name, then optional ``knob=value`` pairs. A value is an integer, a float, ``true``, ``false``, ``none`` or a word.
-The parser says where it stopped; what the values mean is for the knobs' own class to judge.
+A name, then optional ``knob=value`` pairs. A value is an integer, a float, ``true``, ``false``, ``none``, a word or
+a path. The parser says where it stopped; what the values mean is for the knobs' own class to judge.
 """
 
 import math
@@ -58,7 +58,10 @@ def parse_value(text: str) -> Value:
             pass
     if WORD.fullmatch(text) and text.lower() not in ("nan", "inf", "infinity"):
         return text
-    raise UsageError(f"{text!r} is not a value; write a number, true, false, none or a word")
+    raise UsageError(
+        f"{text!r} is not a value; write a number, true, false, none, a word, or a path of letters, digits and "
+        "characters of ._:+/-"
+    )
 
 
 def split_list(text: str) -> list[str]:
@@ -85,7 +88,9 @@ def parse_call(text: str) -> Call:
     if ")" in name:
         raise UsageError(f"{text!r}: a ')' without '('")
     if not NAME.fullmatch(name.strip()):
-        raise UsageError(f"{text!r} does not begin with a name; write name or name(knob=value,...)")
+        what = f"{name.strip()!r} is not a name, which is lower-case words joined by hyphens"
+        what = what if name.strip() else f"{text!r} does not begin with a name"
+        raise UsageError(f"{what}; write name or name(knob=value,...)")
     if not bracket:
         return Call(name.strip())
     if not rest.endswith(")"):

@@ -17,7 +17,7 @@ import dcache
 from dcache import catalog, report
 from dcache.calls import policy_calls
 from dcache.compare import Comparison, Experiment, Run
-from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings
+from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, VerifySettings
 from dcache.errors import DCacheError, UsageError
 from dcache.generate import Output, Runner, prompt_ids, settings_from
 from dcache.plugins import load_model, make_policy
@@ -28,7 +28,22 @@ from dcache.trace import Step
 
 INTERRUPTED = 130
 REPORT_EVERY_S = 30.0
-COUNT = "INTEGER|none"
+COUNT, COUNT_OR_NONE = "INTEGER", "INTEGER|none"
+NUMBER, NUMBER_OR_NONE = "FLOAT", "FLOAT|none"
+NUMBERS = (
+    "gen_length",
+    "block_length",
+    "limit",
+    "repeats",
+    "temperature",
+    "top_p",
+    "top_k",
+    "guidance",
+    "seed",
+    "batch_size",
+    "examples",
+    "patience",
+)
 
 app = typer.Typer(
     help="Cache policies for diffusion language models, compared under one decoding loop and one engine.",
@@ -55,34 +70,37 @@ PromptsFile = Annotated[Path | None, option('prompts, one JSON object per line: 
 Device = Annotated[str | None, option("cpu, cuda or cuda:1; the GPU if there is one", "--device")]
 Dtype = Annotated[str | None, option("bfloat16 on a GPU and float32 on a CPU unless given", "--dtype")]
 FamilyName = Annotated[str | None, option("adapter to use whatever the config declares, e.g. llada", "--family")]
-GenLength = Annotated[str | None, setting(DecodeSettings, "gen_length", metavar=COUNT)]
-BlockLength = Annotated[str | None, setting(DecodeSettings, "block_length", metavar=COUNT)]
+GenLength = Annotated[str | None, setting(DecodeSettings, "gen_length", metavar=COUNT_OR_NONE)]
+BlockLength = Annotated[str | None, setting(DecodeSettings, "block_length", metavar=COUNT_OR_NONE)]
 Unmask = Annotated[str | None, setting(DecodeSettings, "unmask")]
-Temperature = Annotated[float | None, setting(DecodeSettings, "temperature")]
-Seed = Annotated[int | None, setting(DecodeSettings, "seed")]
+Temperature = Annotated[str | None, setting(DecodeSettings, "temperature", metavar=NUMBER)]
+Seed = Annotated[str | None, setting(DecodeSettings, "seed", metavar=COUNT)]
 ForbidEos = Annotated[bool | None, setting(DecodeSettings, "forbid_eos")]
 Rule = Annotated[str | None, setting(DecodeSettings, "confidence")]
-TopP = Annotated[float | None, setting(DecodeSettings, "top_p")]
-TopK = Annotated[int | None, setting(DecodeSettings, "top_k")]
-Guidance = Annotated[float | None, setting(DecodeSettings, "guidance")]
+TopP = Annotated[str | None, setting(DecodeSettings, "top_p", metavar=NUMBER_OR_NONE)]
+TopK = Annotated[str | None, setting(DecodeSettings, "top_k", metavar=COUNT_OR_NONE)]
+Guidance = Annotated[str | None, setting(DecodeSettings, "guidance", metavar=NUMBER)]
 EosLast = Annotated[str | None, setting(DecodeSettings, "eos_last")]
 AfterEnd = Annotated[str | None, setting(DecodeSettings, "after_end")]
-BatchSize = Annotated[int | None, setting(DecodeSettings, "batch_size")]
+BatchSize = Annotated[str | None, setting(DecodeSettings, "batch_size", metavar=COUNT)]
 
 
 def given(**values: Any) -> dict[str, Any]:
-    """The settings that were given, counts as numbers or None."""
-    counts = ("gen_length", "block_length", "limit")
+    """The settings that were given, numbers as numbers or None."""
     found = {name: value for name, value in values.items() if value is not None}
-    return {name: _count(value) if name in counts else value for name, value in found.items()}
+    return {name: _number(value) if name in NUMBERS else value for name, value in found.items()}
 
 
-def _count(text: str) -> int | str | None:
-    """A count, or what stands in its place; the settings' class judges it."""
-    try:
-        return None if text == "none" else int(text)
-    except ValueError:
-        return text
+def _number(text: str) -> int | float | str | None:
+    """A number, or what stands in its place; the settings' class judges it, and its message has the value."""
+    if text == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 @app.callback(invoke_without_command=True)
@@ -106,8 +124,8 @@ def compare(
     task: Annotated[str | None, setting(CompareSettings, "task")] = None,
     prompts: PromptsFile = None,
     split: Annotated[str | None, setting(CompareSettings, "split")] = None,
-    limit: Annotated[str | None, setting(CompareSettings, "limit", metavar=COUNT)] = None,
-    repeats: Annotated[int | None, setting(CompareSettings, "repeats")] = None,
+    limit: Annotated[str | None, setting(CompareSettings, "limit", metavar=COUNT_OR_NONE)] = None,
+    repeats: Annotated[str | None, setting(CompareSettings, "repeats", metavar=COUNT)] = None,
     out: Annotated[Path | None, option("folder for results.jsonl; the same command continues it", "--out")] = None,
     set_: Annotated[list[str] | None, option("policy.field=value, as often as needed", "--set")] = None,
     sweep: Annotated[list[str] | None, option("policy.field=v1,v2,...: one run per value", "--sweep")] = None,
@@ -285,18 +303,24 @@ def verify(
         Path | None, option("folder of recorded runs; those of the policy are replayed", "--golden")
     ] = None,
     model: Annotated[str | None, option("also try a checkpoint, e.g. tiny-llada", "--model")] = None,
-    examples: Annotated[int, option("canvases that are drawn per claim", "--examples", min=1)] = 20,
-    seed: Annotated[int, option("seed of the drawing", "--seed", min=0)] = 0,
+    examples: Annotated[str | None, setting(VerifySettings, "examples", metavar=COUNT)] = None,
+    seed: Annotated[str | None, setting(VerifySettings, "seed", metavar=COUNT)] = None,
+    patience: Annotated[str | None, setting(VerifySettings, "patience", metavar=COUNT)] = None,
     format_: Annotated[str, option("text or json", "--format")] = "text",
 ) -> None:
     """Check that a policy keeps the contract; exits with 1 if a claim fails."""
-    from dcache.verify import source_of, verify  # hypothesis comes with it, which only this command needs
+    from dcache.verify import (
+        source_of,
+        verify,
+        verify_settings,
+    )  # hypothesis comes with it, which only this command needs
 
     if format_ not in ("text", "json"):
         raise UsageError(f"unknown format {format_!r}; choose text or json")
-    found, source = verify(policy, examples=examples, seed=seed, golden=golden, model=model), source_of(policy)
+    how = verify_settings(**given(examples=examples, seed=seed, patience=patience))
+    found, source = verify(policy, golden=golden, model=model, **how.model_dump()), source_of(policy)
     if format_ == "text":
-        told = f"{policy} ({source}), dcache {dcache.__version__}, {examples} examples per claim, seed {seed}"
+        told = f"{policy} ({source}), dcache {dcache.__version__}, {how.examples} examples per claim, seed {how.seed}"
         print(printable(told), flush=True)
     verdicts = []
     for verdict in found:
@@ -305,7 +329,7 @@ def verify(
             print(printable(str(verdict)), flush=True)
     counts = {status: sum(verdict.status == status for verdict in verdicts) for status in ("pass", "fail", "n/a")}
     if format_ == "json":
-        data = {"policy": policy, "source": source, "dcache": dcache.__version__, "examples": examples, "seed": seed}
+        data = {"policy": policy, "source": source, "dcache": dcache.__version__} | how.model_dump()
         each = [verdict.as_data() for verdict in verdicts]
         print(json.dumps(data | {"holds": not counts["fail"], "verdicts": each}, indent=2))
     else:

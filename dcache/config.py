@@ -63,3 +63,15 @@ class CompareSettings(BaseModel):
     repeats: int = Field(
         1, ge=1, le=MOST, description="times that everything is decoded; 2 or more give tok/s a spread"
     )
+
+
+class VerifySettings(BaseModel):
+    """How hard `dcache verify` looks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    examples: int = Field(20, ge=1, le=MOST, description="canvases that are drawn per claim")
+    seed: int = Field(0, ge=0, le=MOST, description="seed of the drawing")
+    patience: int = Field(
+        8, ge=1, le=MOST, description="steps within which a committed row must be computed with its token"
+    )

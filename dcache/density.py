@@ -49,7 +49,8 @@ def _gaussian(n: int, sigma: float) -> tuple[NDArray[np.float64], NDArray[np.flo
     """Kernel (2 * reach + 1,), weight of a known left piece at each position (n,), and the divisor."""
 
     def g(distance: np.ndarray) -> NDArray[np.float64]:
-        weight: NDArray[np.float64] = np.exp(-0.5 * (distance / sigma) ** 2)
+        with np.errstate(over="ignore"):  # of a tiny sigma; what is far then weighs 0
+            weight: NDArray[np.float64] = np.exp(-0.5 * (distance / sigma) ** 2)
         return weight
 
     reach = min(n - 1, int(np.ceil(VANISHES * sigma)))

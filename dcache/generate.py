@@ -99,10 +99,18 @@ class Runner:
         self.policy = policy_of(policy)
         self._check_model()
         self.unmasker = unmasker_of(self.policy, settings) if unmasker is None else unmasker
-        reason = self.unmasker.refuses(model.spec) or self.policy.refuses(model.spec, self.unmasker)
-        if reason is not None:
-            raise UsageError(f"policy {self.policy.name or self.policy!r} cannot run like this: {reason}")
+        self._check_pair()
         self.engine = Engine(model.transformer, self.policy, self.unmasker, maps=maps, executor=executor)
+
+    def _check_pair(self) -> None:
+        spec = self.model.spec
+        refusals = (
+            ("unmasker", self.unmasker, self.unmasker.refuses(spec)),
+            ("policy", self.policy, self.policy.refuses(spec, self.unmasker)),
+        )
+        for kind, plugin, reason in refusals:
+            if reason is not None:
+                raise UsageError(f"{kind} {plugin.name or type(plugin).__name__!r} cannot run like this: {reason}")
 
     def _check_model(self) -> None:
         if self.model.device.type == "meta":

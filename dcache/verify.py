@@ -7,48 +7,78 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from dcache.calls import parse_call
+from dcache.config import VerifySettings
 from dcache.errors import UsageError
 from dcache.generate import Output, Runner, settings_from
-from dcache.plugins import load_model, make_policy, plugins
-from dcache.testing.golden import cases
+from dcache.models.loading import Model
+from dcache.plugins import explain, load_model, make_policy, plugins
+from dcache.testing.golden import Case, cases
 from dcache.testing.search import Verdict, describe, judge_all
 from dcache.testing.subject import Subject
 
 MODEL_PROMPTS, MODEL_ROWS = 2, 32  # of the check on a real model: seconds on a CPU
 
 
+def verify_settings(**settings: Any) -> VerifySettings:
+    """Validate them; raises UsageError naming the field, the value and the bound."""
+    try:
+        return VerifySettings.model_validate(settings)
+    except ValidationError as error:
+        raise UsageError("; ".join(explain("the check", VerifySettings, e) for e in error.errors())) from None
+
+
 def verify(
-    policy: str, *, examples: int = 20, seed: int = 0, golden: Path | None = None, model: str | None = None
+    policy: str, *, golden: str | Path | None = None, model: str | None = None, **settings: Any
 ) -> Iterator[Verdict]:
-    """Verdicts on an installed policy, one by one.
+    """Verdicts on an installed policy, one by one; what was asked for is checked before the first.
 
     Args:
         policy: as for ``--policies``: a name, with knobs if you like.
-        examples: canvases per claim of the kit.
-        seed: of the drawing.
         golden: folder of recorded runs; those of this policy are replayed.
         model: a checkpoint; the exact configuration must equal `none` on it, and the agreement of the policy is told.
+        settings: fields of `dcache.config.VerifySettings`: examples, seed, patience.
 
     Raises:
-        UsageError: for unknown names, knobs out of bounds, and a folder without runs.
+        UsageError: for unknown names, knobs out of bounds, a folder without runs, a checkpoint that cannot be loaded.
     """
     make_policy(policy)
-    if golden is not None and not golden.is_dir():
-        raise UsageError(f"--golden {golden} is not a folder")
-    return _verdicts(policy, examples, seed, golden, model)
+    how = verify_settings(**settings)
+    runs = None if golden is None else _runs(Path(golden))
+    loaded = None if model is None else load_model(model, dtype=torch.float32)
+    if loaded is not None and loaded.tokenizer is None:
+        raise UsageError(f"--model {model} has no tokenizer, and the problems of gsm-mini are texts; give another")
+    return _verdicts(Subject(policy, patience=how.patience), policy, how, runs, golden, loaded)
 
 
-def _verdicts(policy: str, examples: int, seed: int, golden: Path | None, model: str | None) -> Iterator[Verdict]:
-    subject = Subject(policy)
-    yield from judge_all(subject, examples, seed)
-    if golden is not None:
-        yield from _recorded(parse_call(policy).name, golden)
+def _runs(folder: Path) -> list[Case]:
+    if not folder.is_dir():
+        raise UsageError(f"--golden {folder} is not a folder; give the one that holds recorded runs")
+    if not (found := list(cases(folder.resolve()))):
+        raise UsageError(
+            f"--golden {folder} holds no recorded run of a known method; a run is a JSON file with settings and steps"
+        )
+    return found
+
+
+def _verdicts(
+    subject: Subject,
+    policy: str,
+    how: VerifySettings,
+    runs: list[Case] | None,
+    golden: str | Path | None,
+    model: Model | None,
+) -> Iterator[Verdict]:
+    yield from judge_all(subject, how.examples, how.seed)
+    if runs is not None:
+        yield from _recorded(parse_call(policy).name, runs, f"{golden}")
     if model is not None:
-        yield from _on_model(subject, policy, model, seed)
+        yield from _on_model(subject, policy, model, how.seed)
 
 
 def source_of(policy: str) -> str:
@@ -56,23 +86,23 @@ def source_of(policy: str) -> str:
     return plugins().policies.get(parse_call(policy).name).source
 
 
-def _recorded(name: str, folder: Path) -> Iterator[Verdict]:
+def _recorded(name: str, runs: list[Case], folder: str) -> Iterator[Verdict]:
     """Every recorded run of a method whose name begins with that of the policy: ``dkv-cache-pd`` for ``dkv``."""
     found = False
-    for case in cases(folder.resolve()):
+    for case in runs:
         method = str(case.data["method"]).replace("_", "-")
         if method != name and not method.startswith(f"{name}-"):
             continue
         found = True
         claim, text = f"golden:{case.name}", f"the recorded run {case.name} is reproduced"
-        if case.unsupported:
-            yield Verdict(claim, text, "n/a", case.unsupported)
-            continue
         try:
+            if reason := case.unsupported:
+                yield Verdict(claim, text, "n/a", reason)
+                continue
             case.check()
         except Exception as error:
             snippet = "from pathlib import Path\nfrom dcache.testing.golden import cases\n\n"
-            snippet += f"next(c for c in cases(Path({str(folder)!r})) if c.name == {case.name!r}).check()"
+            snippet += f"next(c for c in cases(Path({folder!r})) if c.name == {case.name!r}).check()"
             yield Verdict(claim, text, "fail", describe(error), case.name, snippet)
         else:
             yield Verdict(claim, text, "pass")
@@ -80,13 +110,12 @@ def _recorded(name: str, folder: Path) -> Iterator[Verdict]:
         yield Verdict("golden", "recorded runs are reproduced", "n/a", f"{folder} has no run of a method {name!r}")
 
 
-def _on_model(subject: Subject, policy: str, name: str, seed: int) -> Iterator[Verdict]:
+def _on_model(subject: Subject, policy: str, model: Model, seed: int) -> Iterator[Verdict]:
     """The exact configuration and the policy itself on problems of the default task, in float32."""
-    model = load_model(name, dtype=torch.float32)
     problems = plugins().tasks.get("gsm-mini").thing().problems("test", MODEL_PROMPTS, seed)
     prompts = [model.prompt_ids(problem.prompt) for problem in problems]
     settings = settings_from(gen_length=MODEL_ROWS, block_length=MODEL_ROWS, seed=seed)
-    where = f"on {name}, {len(prompts)} problems of gsm-mini, {MODEL_ROWS} rows"
+    where = f"on {model.name}, {len(prompts)} problems of gsm-mini, {MODEL_ROWS} rows"
 
     def run(text: str) -> list[Output]:
         return Runner(model, text, settings).run(prompts)

@@ -22,8 +22,7 @@ sequences of a batch are independent unless ``couple_batch``. ``docs/policies/d2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +39,7 @@ if TYPE_CHECKING:
     from dcache.engine.network import Network
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """Rows of the next pass and what led to them, all (batch, slots).
 
     Attributes:
@@ -101,7 +99,7 @@ class D2Cache(CachePolicy):
         """Nothing is known of any position."""
         self.selection: Selection | None = None
         self.confidence = np.zeros(state.valid.shape)  # of the masked positions
-        self.masked, self.block = state.masked, state.block  # both as the previous `plan` saw them
+        self.masked, self.block, self.ran = state.masked, state.block, state.active  # as the previous `plan` saw them
         self._passed: list[tuple[Layer, Tensor, Tensor]] = []  # of the running pass: layer, rows, queries
 
     def plan(self, state: State) -> Plan:
@@ -109,11 +107,15 @@ class D2Cache(CachePolicy):
         rows = state.valid
         if state.seen is not None and self.config.refresh == "never":
             self._recall(state)
-            self.selection = self._select(state, state.seen.reports)
+            selection = self._select(state, state.seen.reports)
+            if self.selection is not None:  # a sequence that the last pass did not run keeps its own
+                both = zip(selection, self.selection, strict=True)
+                selection = Selection(*(np.where(self.ran[:, None], now, before) for now, before in both))
+            self.selection = selection
             rows = self.selection.rows | (state.step == 0)[:, None]
             if self.config.couple_batch:
                 rows = rows | self._top_up(state, self.selection)
-        self.masked, self.block = state.masked, state.block
+        self.masked, self.block, self.ran = state.masked, state.block, state.active
         reread = state.step == 0 if self.config.confidence == "first" else state.active
         return Plan(rows, watch=state.predicted_by(rows) & state.masked & reread[:, None])
 
@@ -165,9 +167,7 @@ class D2Cache(CachePolicy):
         search = state.masked
         if self.config.search != "all":
             block = self.block & self.masked if self.config.search == "released" else state.block
-            top = score.max(1, keepdims=True)
-            if self.config.couple_batch:
-                top = top[self.masked.any(1)].max()  # sequences that the last pass ran
+            top = score[self.ran].max() if self.config.couple_batch else score.max(1, keepdims=True)
             score = score + block * top
             search = search & self._search(state, block)
         prior = highest(score, search, self.config.current_k)

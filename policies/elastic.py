@@ -37,6 +37,7 @@ from dcache.policy import CachePolicy, Plan, PolicyConfig, Seen, State
 
 if TYPE_CHECKING:
     from dcache.engine.layer import Layer
+    from dcache.unmasking.base import Unmasker
 
 
 AXIS = {"published": "heads", "paper": "rows", "flat": "flat"}  # what the cosine runs over
@@ -72,6 +73,15 @@ class ElasticCache(CachePolicy):
     pairs_with = "threshold(threshold=0.9,window=16)"
     exact = "refresh=always"
     config: Config
+
+    def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:
+        """A window of the leftmost masks may hold none of the rows of an order drawn beforehand."""
+        if self.config.window is not None and unmasker.announces:
+            return (
+                f"window={self.config.window} computes the leftmost masked rows, and unmasker {unmasker.name!r} "
+                "commits rows of an order drawn beforehand, anywhere; leave the window out, and those rows are computed"
+            )
+        return None
 
     def stores(self, spec: ModelSpec) -> dict[str, int]:
         """Layer inputs, to restart from a layer; rotated queries, for the attention of rows not computed now."""

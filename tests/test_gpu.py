@@ -122,27 +122,31 @@ def test_a_pass_has_no_sync_but_its_download(policy: str, monkeypatch: pytest.Mo
     assert calls["passes"] == calls["downloads"] > 0
 
 
-def test_memory_is_returned_after_a_run() -> None:
-    go("cuda", "elastic")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_memory_is_returned_after_a_run(policy: str) -> None:
+    go("cuda", policy, unmask="klass")
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    go("cuda", "elastic")
+    go("cuda", policy, unmask="klass")
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before
 
 
-def test_random_8b_weights_are_built_on_the_device_without_a_copy() -> None:
+@pytest.mark.parametrize(
+    ("name", "n_bytes"), [("llada-8b:random", 16_031_162_368), ("dream-7b:random", 15_231_233_024)]
+)
+def test_random_weights_of_true_shape_are_built_on_the_device_without_a_copy(name: str, n_bytes: int) -> None:
     if torch.cuda.mem_get_info()[1] < 20 * 2**30:
         pytest.skip("needs 20 GiB of GPU memory")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    model = dcache.load_model("llada-8b:random", device="cuda")
+    model = dcache.load_model(name, device="cuda")
     assert model.dtype == torch.bfloat16
-    assert model.spec.n_parameters * 2 == 16_031_162_368
+    assert model.spec.n_parameters * 2 == n_bytes
     taken = torch.cuda.max_memory_allocated() - before
-    assert taken < 1.05 * 16_031_162_368
+    assert taken < 1.05 * n_bytes
     prompt = list(range(100, 164))
-    for policy in ("none", "elastic", "dkv"):
+    for policy in ("none", "elastic", "dkv", "d2", "fast-dllm"):
         output = dcache.generate(model, [prompt], policy=policy, gen_length=8, block_length=None)[0]
         assert len(output.canvas) == 8

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dcache import Plan, State
+from dcache import CachePolicy, Plan, State
 from dcache.cli import main
 from dcache.plugins import plugins
-from dcache.testing import search
+from dcache.testing import Subject, search
 from dcache.testing.claims import CLAIMS
 from dcache.verify import verify
 
@@ -91,7 +91,10 @@ def test_a_recorded_run_that_is_not_reproduced_fails(monkeypatch: pytest.MonkeyP
         (("dkv(intervall=4)",), "has no knob 'intervall'"),
         (("dkv", "--golden", "nowhere"), "--golden nowhere is not a folder"),
         (("dkv", "--format", "xml"), "unknown format 'xml'"),
-        (("dkv", "--examples", "0"), "--examples"),
+        (("dkv", "--examples", "0"), "the check: examples=0: input should be greater than or equal to 1"),
+        (("dkv", "--seed", "x"), "the check: seed='x': input should be a valid integer"),
+        (("dkv", "--golden", str(GOLDEN.parent / "kernels")), "holds no recorded run of a known method"),
+        (("dkv", "--model", "nowhere"), "no model 'nowhere'"),
     ],
 )
 def test_what_cannot_be_done_is_a_usage_error(
@@ -133,3 +136,25 @@ def test_an_exempt_claim_is_not_applicable_with_its_reason() -> None:
     name = "a_batch_decodes_each_sequence_as_if_it_were_alone"
     verdict = search.judge(CLAIMS[name], Subject("d2(couple_batch=true)"), examples=1)
     assert (verdict.status, "as released" in verdict.detail) == ("n/a", True)
+
+
+class NoDelay(CachePolicy):
+    """Forgets to compute a committed row again with its token, until the next refresh does."""
+
+    def plan(self, state: State) -> Plan:
+        return Plan(state.valid & (state.masked | state.needed | (state.step % 4 == 0)[:, None]))
+
+
+def test_a_short_patience_finds_a_delay_that_is_forgotten_between_close_refreshes() -> None:
+    claim = CLAIMS["a_committed_row_is_computed_again_with_its_token"]
+    assert search.judge(claim, Subject(NoDelay), 10, 0).status == "pass"
+    verdict = search.judge(claim, Subject(NoDelay, patience=1), 10, 0)
+    assert verdict.status == "fail"
+    assert "patience=1" in verdict.snippet
+
+
+def test_a_recorded_run_that_is_no_json_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cut.json").write_text('{"settings": {')
+    code, out, err = said(capsys, "dkv", "--golden", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert f"{tmp_path / 'cut.json'} is not readable JSON" in err

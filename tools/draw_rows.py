@@ -63,9 +63,11 @@ DRAWINGS = [
     Drawing("dkv", "dkv"),
     Drawing("dkv-prefill", "dkv(variant=prefill)"),
     Drawing("dkv-pd", "dkv(variant=pd)"),
+    Drawing("dkv-dream", "dkv", model="tiny-dream"),
     Drawing("dkv-greedy", "dkv(variant=greedy,neighbours=2)", "random-order"),
     Drawing("fast-dllm", "fast-dllm"),
     Drawing("fast-dllm-prefix", "fast-dllm(mode=prefix)"),
+    Drawing("fast-dllm-dream", "fast-dllm", model="tiny-dream"),
     Drawing("d2", "d2(current_k=8)", "certainty-prior"),
 ]
 

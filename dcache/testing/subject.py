@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from dcache.calls import Call, parse_call
+from dcache.config import VerifySettings
 from dcache.errors import UsageError
 from dcache.testing.runs import Canvas, Maker, policy_of, refusal, unmaskers
 
-PATIENCE = 8  # steps within which a committed row is computed with its token
+PATIENCE: int = VerifySettings.model_fields["patience"].default
 
 
 class Exact:
@@ -65,13 +66,16 @@ class Subject:
 
     def __repr__(self) -> str:
         """As it is written, without what follows from the policy."""
-        if isinstance(self.policy, str) and self.exact is None and not self.equals:
+        usual = self.exact is None and not self.equals and self.patience == PATIENCE
+        if isinstance(self.policy, str) and usual:
             return repr(self.policy)
         told = [maker_repr(self.policy)]
         if self.exact is not None:
             told.append(f"exact=[{', '.join(map(repr, self.exacts))}]")
         if self.equals:
             told.append(f"equals=[{', '.join(f'({maker_repr(a)}, {maker_repr(b)})' for a, b in self.equals)}]")
+        if self.patience != PATIENCE:
+            told.append(f"patience={self.patience}")
         return f"Subject({', '.join(told)})"
 
     @property

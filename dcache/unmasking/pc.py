@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dcache.arrays import Floats
 from dcache.errors import UsageError
+from dcache.models.files import one_line
 from dcache.models.transformer import ModelSpec
 from dcache.state import State
 from dcache.unmasking.base import Asked, Noise, Sampling
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from dcache.engine.network import Network
 
 TINY = 1e-10  # as released; keeps the logarithm finite
+LARGEST = 1 << 28  # bytes of a file of frequencies; 150,000 numbers of full precision take 4 MB
+EXPECTED = "a JSON object of counts by token id, or a list with a frequency for every id"
 
 
 class PCSampler(Judged):
@@ -113,22 +116,45 @@ def read_frequencies(path: Path, size: int) -> Floats:
     An id without a count gets that of a token seen once, ``1 / total``, as released.
     """
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it has {path.stat().st_size} bytes, more than any table of {size} numbers needs")
         data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"token frequencies cannot be read from {path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"token frequencies cannot be read from {path}: {one_line(error)}; give {EXPECTED}") from None
     try:
-        if isinstance(data, dict):
-            counts = {int(token): float(count) for token, count in data.items()}
-            if any(not 0 <= token < size for token in counts):
-                raise ValueError(f"ids must lie in 0..{size - 1}")
-            total = sum(counts.values())
-            table = np.full(size, 1 / total if total else 1.0)
-            for token, count in counts.items():
-                table[token] = count / total
-        else:
-            table = np.asarray(data, dtype=np.float64)
-        if table.shape != (size,) or not (np.isfinite(table) & (table >= 0)).all():
-            raise ValueError(f"expected {size} numbers from 0 on")
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"token frequencies in {path}: {error}; write counts by token id, or a list") from None
+        table = _from_counts(data, size) if isinstance(data, dict) else _from_list(data, size)
+    except ValueError as error:
+        raise UsageError(f"token frequencies in {path}: {error}; give {EXPECTED}") from None
     return table.astype(np.float32)
+
+
+def _from_counts(counts: dict[str, Any], size: int) -> np.ndarray:
+    for token, count in counts.items():
+        if not (token.isdecimal() and token.isascii() and len(token) < 10 and int(token) < size):
+            raise ValueError(f"{token[:40]!r} is no token id, which run from 0 to {size - 1}")
+        if not _is_number(count):
+            raise ValueError(f"the count of {token} is {count!r:.40}, expected a number from 0 on")
+    if counts and not sum(counts.values()):
+        raise ValueError("all counts are 0")
+    total = float(sum(counts.values())) or 1.0
+    table = np.full(size, 1 / total)
+    for token, count in counts.items():
+        table[int(token)] = count / total
+    return table
+
+
+def _from_list(values: Any, size: int) -> np.ndarray:
+    if not isinstance(values, list):
+        raise ValueError(f"found {values!r:.40}")
+    if len(values) != size:
+        raise ValueError(f"found a list of {len(values)}, the vocabulary has {size} ids")
+    for token, value in enumerate(values):
+        if not _is_number(value):
+            raise ValueError(f"the frequency of {token} is {value!r:.40}, expected a number from 0 on")
+    return np.array(values, dtype=np.float64)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value <= 1e18  # false for NaN as well

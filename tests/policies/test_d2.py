@@ -19,6 +19,7 @@ from dcache.models.transformer import Transformer
 from dcache.plugins import make_policy
 from dcache.policies.d2 import D2Cache, Selection
 from dcache.policy import Plan
+from dcache.testing.golden.d2 import Together
 from dcache.testing.models import random_model
 from dcache.testing.recorder import Recorder
 from dcache.trace import Step
@@ -69,11 +70,12 @@ def go(
     ids: list[int] | None = None,
     block_length: int | None = None,
     model: Transformer | None = None,
+    canvas: type[State] = State,
     **engine: Any,
 ) -> list[Step]:
     model = model or MODELS[shift]
     unmasker = unmasker or LowConfidence(sampling=Sampling(after_end="decode"))
-    state = State(model.spec, prompts, 16, block_length, ids=ids)
+    state = canvas(model.spec, prompts, 16, block_length, ids=ids)
     return decode(Engine(model, policy, unmasker, debug=True, **engine), state)
 
 
@@ -283,6 +285,24 @@ def test_a_coupled_batch_computes_as_many_rows_in_each_sequence() -> None:
         added += int((at["rows"] & ~selection.rows)[at["active"]].sum())
         assert counts[0] == selection.rows[at["active"]].sum(1).max()
     assert added > 0
+
+
+@both_shifts
+def test_a_sequence_that_sits_passes_out_keeps_its_selection(shift: int) -> None:
+    policy = Watched(current_k=4, couple_batch=True)
+    prompts, unmasker = [PROMPTS[0], PROMPTS[0][::-1]], Threshold(threshold=0.4)
+    trace = go(policy, shift, unmasker=unmasker, prompts=prompts, block_length=4, canvas=Together)
+    waited = 0
+    for b in range(2):
+        took_part = [n for n, step in enumerate(trace) if step.active[b]]
+        for last, n in pairwise(took_part):
+            (made, _), (kept, at) = policy.planned[last + 1], policy.planned[n]
+            assert made is not None
+            assert kept is not None
+            assert np.array_equal(made.rows[b], kept.rows[b])
+            assert not (made.rows[b] & ~at["rows"][b]).any()
+            waited += n > last + 1
+    assert waited > 0
 
 
 def test_a_coupled_batch_of_one_is_not_coupled() -> None:

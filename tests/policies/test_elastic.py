@@ -9,6 +9,7 @@ from dcache.policies.elastic import ElasticCache
 from dcache.testing.models import random_model
 from dcache.trace import Step
 from dcache.unmasking.confidence import LowConfidence, Threshold
+from dcache.unmasking.order import RandomOrder
 
 MODEL = random_model(0, n_layers=4)
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -111,3 +112,10 @@ def test_block_caching_off_computes_every_mask() -> None:
         masked -= set(np.flatnonzero(step.commit[0]).tolist())
     frozen = go(ElasticCache(block_caching=True))
     assert any(not {*range(len(PROMPT) + 10, len(PROMPT) + 16)} <= set(np.flatnonzero(s.rows[0])) for s in frozen[1:])
+
+
+def test_a_window_of_its_own_needs_an_unmasker_that_commits_inside_it() -> None:
+    drawn, free, spec = RandomOrder(), LowConfidence(), MODEL.spec
+    assert "leave the window out" in (ElasticCache(window=4).refuses(spec, drawn) or "")
+    assert ElasticCache().refuses(spec, drawn) is None
+    assert ElasticCache(window=4).refuses(spec, free) is None

@@ -133,7 +133,7 @@ class DependsOnTheWidthOfTheCanvas(Periodic):
         return (state.step % (1 + state.slots % 7) == 0)[:, None] & state.valid
 
 
-@found_by("re_masked_rows_are_decoded_again", "unmasker remasking")
+@found_by("remasked_rows_are_decoded_again", "unmasker remasking")
 class ForgetsThatRowsAreMaskedAgain(Periodic):
     def begin(self, net: Any, state: State) -> None:
         self.done = state.prompt.copy()

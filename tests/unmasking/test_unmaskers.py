@@ -320,11 +320,15 @@ def test_pc_prefers_rows_whose_token_is_rare(tmp_path):
     ("content", "message"),
     [
         ("{", "cannot be read"),
-        ('{"x": 1}', "write counts by token id, or a list"),
-        ('{"999": 1}', "ids must lie in 0..31"),
-        ("[0.5, 0.5]", "expected 32 numbers"),
-        ('{"1": -2}', "expected 32 numbers"),
-        ("3", "expected 32 numbers"),
+        ("[" * 100_000, "cannot be read"),
+        ("[1" + "0" * 5000 + "]", "cannot be read"),
+        ('{"x": 1}', "'x' is no token id, .* counts by token id, or a list"),
+        ('{"999": 1}', "'999' is no token id, which run from 0 to 31"),
+        ('{"1": 0}', "all counts are 0"),
+        ("[0.5, 0.5]", "found a list of 2, the vocabulary has 32 ids"),
+        ('{"1": -2}', "the count of 1 is -2, expected a number from 0 on"),
+        ('{"1": NaN}', "the count of 1 is nan"),
+        ("3", "found 3"),
     ],
 )
 def test_a_bad_file_of_frequencies_is_refused(tmp_path, content: str, message: str):

@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from dcache.errors import UsageError
+from dcache.models.files import one_line
 from dcache.testing.golden.base import Case
 from dcache.testing.golden.d2 import D2Case
 from dcache.testing.golden.dkv import DKVCase
@@ -31,13 +33,21 @@ METHODS: dict[str, type[Case]] = {
 
 
 def cases(root: Path) -> Iterator[Case]:
-    """All recorded runs below `root`, in order of path; those of methods that are not listed are left out."""
-    for file in sorted(root.rglob("*.json")):
-        data = json.loads(file.read_text(encoding="utf-8"))
+    """All recorded runs below `root`, in order of path; those of methods that are not listed are left out.
+
+    Raises:
+        UsageError: for a JSON file that cannot be read.
+    """
+    for file in sorted(path for path in root.rglob("*.json") if path.is_file()):
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(f"{file} is not readable JSON: {one_line(error)}; repair it, or move it away") from None
         if not isinstance(data, dict) or "steps" not in data or "settings" not in data:
             continue
-        if (kind := METHODS.get(data["method"])) is not None:
-            yield kind(file, data)
+        method = data.get("method")
+        if isinstance(method, str) and method in METHODS:
+            yield METHODS[method](file, data)
 
 
 __all__ = ["METHODS", "Case", "cases"]

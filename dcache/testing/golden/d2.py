@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcache.arrays import Bools, first
 from dcache.density import densities
 from dcache.engine.layer import Layer
 from dcache.models.loading import Model
@@ -70,8 +71,22 @@ class Recorded(Filter):
         return self.inner.layer(at, rows, h)
 
 
+class Together(State):
+    """A canvas whose sequences wait at the end of a block until all have completed it, as the published loop does."""
+
+    @property
+    def active(self) -> Bools:
+        """(batch,) bool: sequences in the earliest block that any of them is in."""
+        left = super().active
+        block = (first(self.masked, self.slots) - self.gen_start) // (self.block_length or self.slots)
+        active: Bools = left & (block == block[left].min(initial=self.slots))
+        return active
+
+
 class D2Case(LoopCase):
     """A run of d²Cache."""
+
+    canvas = Together
 
     @property
     def pads(self) -> list[int]:
@@ -134,7 +149,7 @@ class D2Case(LoopCase):
         """The selection after step `i`, for the step behind it."""
         recorded: Mapping[str, Any] = self.data["steps"][i]
         for b in recorded["active"]:
-            if b not in self.data["steps"][i + 1]["active"]:
+            if not any(b in later["active"] for later in self.data["steps"][i + 1 :]):
                 continue  # finished: it is never used
             where, begin = f"after step {i}, sequence {b}", len(self.data["prompt"][b])
             found = torch.from_numpy(density[b, begin:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ OTHER_SCORES = ("topk_margin", "entropy", "random")  # recorded as the confidenc
 
 class LoopCase(Case):
     """A recorded decoding loop: a policy, and the unmasker that the settings describe."""
+
+    canvas: ClassVar[type[State]] = State
+    """Stands for how the published loop takes its sequences through the blocks."""
 
     @property
     def unsupported(self) -> str | None:
@@ -77,7 +80,8 @@ class LoopCase(Case):
         ends = tuple(i for i in (s.get("eos_token_id"), s.get("eot_token_id")) if i is not None)
         model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], ends or (126,))
         prompts = [row[pad:] for row, pad in zip(self.data["prompt"], self.pads, strict=True)]
-        state = State(model.spec, prompts, self.gen_length, s.get("block_length"), guided=bool(s.get("cfg_scale")))
+        guided = bool(s.get("cfg_scale"))
+        state = self.canvas(model.spec, prompts, self.gen_length, s.get("block_length"), guided=guided)
         watched = Watched(recorded_unmasker(self.data, model.spec.vocab_size))
         trace = decode(Engine(model.transformer, self.policy(), watched, debug=True), state)
         self._compare_commits(trace)
