@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pytest
 
 from dcache.plugins import BUILT_IN, plugins
-from dcache.testing import Canvas, Conformance, Exact
+from dcache.testing import Canvas, Conformance, Exact, Subject, hold
 from dcache.testing.runs import Run
+from dcache.testing.watch import watched
 
 # On one layer K and V depend on the token alone; under a logit shift dkv may cache a row that still holds the mask.
 ONE_LAYER = {"n_layers": 1, "shift": 0}
@@ -50,6 +52,18 @@ for _policy, _told in BUILT_INS.items():
 def test_the_table_has_every_built_in_policy() -> None:
     built_in = {name for name, entry in plugins().policies.entries.items() if entry.source == BUILT_IN}
     assert {policy.partition("(")[0] for policy in BUILT_INS} == built_in
+
+
+@pytest.mark.parametrize("policy", [policy for policy in BUILT_INS if policy != "none"])
+def test_a_built_in_reuses_rows_so_that_the_claims_about_them_say_something(policy: str) -> None:
+    unmask = "random-order" if "greedy" in policy else "low-confidence"
+    assert watched(Subject(policy), Canvas(lengths=((5, 12),), unmask=unmask)).kept > 0
+
+
+@pytest.mark.parametrize("policy", ["none", "elastic", "d2(current_k=3)", "fast-dllm", "dkv"])
+@pytest.mark.parametrize("unmask", ["wino", "klass"])
+def test_shadow_rows_and_further_reads_are_accounted_for(policy: str, unmask: str) -> None:
+    hold("accounting_equals_a_counting_hook", policy, Canvas(lengths=((5, 8), (3, 12)), unmask=unmask))
 
 
 def test_elastic_with_gamma_above_one_is_not_no_cache() -> None:

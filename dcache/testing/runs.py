@@ -187,7 +187,8 @@ def same_decisions(found: Run, b: int, expected: Run, c: int, told: str) -> None
     """Assert that sequence `b` of one run was decoded like sequence `c` of another.
 
     Commits, re-masked rows and the number of steps must be equal, and confidences close where both runs predict. Where
-    the confidences agree and a pick between equals fell the other way, the comparison ends: both runs are right.
+    a pick between equals fell the other way, as many rows and of the same confidence, the comparison ends: both runs
+    are right.
 
     Args:
         found: the run in question.
@@ -201,7 +202,7 @@ def same_decisions(found: Run, b: int, expected: Run, c: int, told: str) -> None
         place = f"step {n}, sequence {b}"
         close_confidences(step.confidence[b], other.confidence[c], place, told)
         if (got := commits(step, b)) != (want := commits(other, c)):
-            if _tied(got, want, step.confidence[b]):
+            if _tied(got, want, step.confidence[b], other.confidence[c]):
                 return
             p = min(p for p in got.keys() | want.keys() if got.get(p) != want.get(p))
             raise AssertionError(
@@ -226,10 +227,10 @@ def _token(got: Mapping[int, int], p: int) -> str:
     return f"token {got[p]}" if p in got else "no commit"
 
 
-def _tied(got: Mapping[int, int], want: Mapping[int, int], confidence: np.ndarray) -> bool:
-    """Picks differ between rows of equal confidence, or between equally likely tokens of a row."""
+def _tied(got: Mapping[int, int], want: Mapping[int, int], mine: np.ndarray, theirs: np.ndarray) -> bool:
+    """Both pick as many rows, and those that differ are equally sure in both: other rows, or another token of a row."""
     off = [p for p in got.keys() | want.keys() if got.get(p) != want.get(p)]
-    return float(np.ptp(confidence[off])) <= TIED
+    return len(got) == len(want) and float(np.ptp([mine[off], theirs[off]])) <= TIED
 
 
 def changed(canvas: Canvas, on: Mapping[str, Any]) -> Canvas:

@@ -71,7 +71,7 @@ class Watch:
 
     Attributes:
         faults: what was found, by the claim that it breaks; each a sentence with step, sequence and position.
-        kept: rows that some pass reused, in one layer of one sequence.
+        kept: row-layers whose K or V some pass reused.
     """
 
     def __init__(self, run: Run):
@@ -82,6 +82,7 @@ class Watch:
         self._at: Layer | None = None
         self._here: list[Tensor] = []  # rows written in the layer that runs
         self._counted: dict[str, np.ndarray] = {}
+        self._mapped: dict[str, np.ndarray] = {}
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -121,7 +122,7 @@ class Watch:
         download = Packet.download
 
         def attending(at: Layer, rows: Tensor, q: Tensor) -> Tensor:
-            self._count("rows", at, rows)
+            self._mark("rows", at, self._count("rows", at, rows))
             self._attention.counted = True
             try:
                 return cast(Tensor, attend(at, rows, q))
@@ -129,12 +130,13 @@ class Watch:
                 self._attention.counted = False
 
         def writing(at: Layer, rows: Tensor, k: Tensor, v: Tensor) -> None:
-            self._count("kv_rows", at, rows)
+            self._mark("kv_rows", at, self._count("kv_rows", at, rows))
             self._here.append(rows)
             write(at, rows, k, v)
 
         def shadowing(at: Layer, rows: Tensor, h: Tensor) -> Tensor:
-            self._count("rows", at, rows)
+            for name in ("rows", "kv_rows"):  # shadows have keys of their own, which no store keeps
+                self._count(name, at, rows)
             return cast(Tensor, shadow(at, rows, h))
 
         def downloading(packet: Packet) -> None:
@@ -171,6 +173,7 @@ class Watch:
 
     def _step(self, plan: Plan, call: Callable[[], Any]) -> Any:
         self._counted = {name: np.zeros(self._shape, dtype=np.int64) for name in ("rows", "kv_rows")}
+        self._mapped = {name: np.zeros(self._shape, dtype=bool) for name in ("rows", "kv_rows")}
         return self._pass(plan, call)
 
     def _pass(self, plan: Plan, call: Callable[[], Any]) -> Any:
@@ -193,7 +196,7 @@ class Watch:
         slots = self.run.state.slots
         bits = old[:, :, :slots].view(torch.int32) != new[:, :, :slots].view(torch.int32)
         moved = bits.any(-1).any(1).numpy()  # (batch, slots)
-        self.kept += int((self.run.state.valid & ~rows).sum())
+        self.kept += int((self.run.state.valid & self.run.state.active[:, None] & ~self._written[index]).sum())
         for claim, allowed, why in (
             ("kept", rows, "although the plan does not compute the row"),
             ("fresh", self._written[index], "although the layer did not write the row with at.write"),
@@ -204,8 +207,15 @@ class Watch:
                 )
 
     def _books(self) -> None:
-        """The engine's count of the step so far against the hooks'."""
-        for name, mine in (("rows", self._counted["rows"]), ("kv_rows", self._counted["kv_rows"])):
+        """The engine's count and map of the step so far against the hooks'."""
+        for name, mine in self._counted.items():
+            for index, b, p in np.argwhere(self._mapped[name] != self.run.engine.count.maps[name])[:1]:
+                was = "not " * bool(self._mapped[name][index, b, p])
+                self.note(
+                    "books",
+                    f"{self._step_text}, sequence {b}, position {p}, layer {index}: the recompute map of {name} does "
+                    f"{was}have it",
+                )
             count, told = mine.sum(-1), getattr(self.run.engine.count, name)
             for index, b in np.argwhere(count != told)[:1]:
                 self.note(
@@ -245,21 +255,22 @@ class Watch:
             off = ~torch.isclose(at.stored(name, rows), expected, rtol=FRESH, atol=FRESH)
             for lane, i in (off.any(-1).any(1) & (rows < at.dump)).nonzero()[:1].tolist():
                 found, want = at.stored(name, rows)[lane, :, i].flatten(), expected[lane, :, i].flatten()
-                place = f"{self._step_text}, sequence {self._lanes(at, rows)[lane]}, position {int(rows[lane, i])}"
+                place = f"{self._step_text}, sequence {int(at.lanes[lane])}, position {int(rows[lane, i])}"
                 told = f"{place}: {name} of layer {at.index} is [{found[0]:.4f}, {found[1]:.4f}, ...], "
                 told += f"a fresh projection of the layer's input is [{want[0]:.4f}, {want[1]:.4f}, ...]"
                 self.note("fresh", told)
 
-    @staticmethod
-    def _lanes(at: Layer, rows: Tensor) -> list[int]:
-        """Number in the batch of each sequence that the pass runs."""
-        lanes: Tensor = getattr(at, "lanes", torch.arange(rows.shape[0]))
-        return lanes.tolist()
-
-    def _count(self, name: str, at: Layer, rows: Tensor) -> None:
-        for lane, b in enumerate(self._lanes(at, rows)):
-            mine = rows[lane][rows[lane] < at.dump].numpy()
+    def _count(self, name: str, at: Layer, rows: Tensor) -> list[tuple[int, np.ndarray]]:
+        """Count rows; returns them, by number of the sequence in the batch."""
+        real = [(b, rows[lane][rows[lane] < at.dump].numpy()) for lane, b in enumerate(at.lanes.tolist())]
+        for b, mine in real:
             np.add.at(self._counted[name][at.index, b], mine, 1)
+        return real
+
+    def _mark(self, name: str, at: Layer, real: list[tuple[int, np.ndarray]]) -> None:
+        """Note where rows of the canvas were computed, and in this pass written."""
+        for b, mine in real:
+            self._mapped[name][at.index, b, mine] = True
             if name == "kv_rows":
                 self._written[at.index, b, mine] = True
 
@@ -267,4 +278,4 @@ class Watch:
 @lru_cache(maxsize=64)
 def watched(subject: Subject, canvas: Canvas) -> Watch:
     """The watched run of a subject on a canvas; several claims read it."""
-    return Watch(Run(subject.policy, canvas, buckets=BUCKETS)).go()
+    return Watch(Run(subject.policy, canvas, buckets=BUCKETS, maps=True)).go()

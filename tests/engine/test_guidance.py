@@ -18,7 +18,7 @@ from dcache.unmasking.confidence import LowConfidence
 
 MODEL = random_model(2)
 SPEC = MODEL.spec
-POLICIES = ["none", "elastic(gamma=0.97)", "dkv(interval=3)"]
+POLICIES = ["none", "elastic(gamma=0.97)", "dkv(interval=3)", "dkv(variant=pd)", "fast-dllm", "d2(current_k=3)"]
 
 
 def run(policy: str, prompts: list[list[int]], gen: int, guidance: float) -> State:

@@ -4,7 +4,8 @@ What the faults are planted in, `Periodic`, is right: it passes every claim as `
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,12 +15,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dcache import CachePolicy, Plan, PolicyConfig, State
+from dcache import CachePolicy, Filter, Plan, PolicyConfig, Seen, State
 from dcache.engine import layer as engine_layer
+from dcache.engine.inputs import Inputs
 from dcache.engine.layer import Layer
 from dcache.kernels.attend import attend
+from dcache.plugins import make_policy
 from dcache.testing import Canvas, Exact, Subject, hold, search
-from dcache.testing.claims import CLAIMS
+from dcache.testing.claims import CLAIMS, plain
+from dcache.testing.watch import watched
 
 UNMASK = ("low-confidence", "threshold(threshold=0.3)", "pausing", "remasking")
 
@@ -47,17 +51,18 @@ class Fault:
     policy: Any
     claim: str
     says: str = ""
+    equals: Any = None
 
 
 FAULTS: list[Fault] = []
 
 
-def found_by(claim: str, says: str = "", **knobs: Any) -> Callable[[Any], Any]:
-    """Enter a policy in the list of faults; `says` is a pattern in the verdict."""
+def found_by(claim: str, says: str = "", equals: Any = None) -> Callable[[Any], Any]:
+    """Enter a policy in the list of faults; `says` is a pattern in the verdict, `equals` what it should decode like."""
     assert claim in CLAIMS
 
     def enter(policy: Any) -> Any:
-        FAULTS.append(Fault(policy, claim, says))
+        FAULTS.append(Fault(policy, claim, says, equals))
         return policy
 
     return enter
@@ -141,6 +146,27 @@ class ForgetsThatRowsAreMaskedAgain(Periodic):
     def plan(self, state: State) -> Plan:
         self.done |= state.known
         return Plan(state.rows_for(state.masked & ~self.done) | state.changed | self.full(state))
+
+
+DRIFTS = "elastic(gamma=0.97,track_num=2)"  # refreshes often on the random models
+
+
+class ShowsAll(Filter):
+    """A filter that restricts nothing, so that it is its inner policy."""
+
+    def __init__(self) -> None:
+        super().__init__(make_policy(DRIFTS))
+
+    def restrict(self, state: State, plan: Plan) -> Plan:
+        return plan
+
+
+@found_by("equal_configurations_commit_the_same", "must equal elastic", equals=DRIFTS)
+class ForgetsTheReview(ShowsAll):
+    """It switches the refreshes of its inner policy off."""
+
+    def review(self, state: State, plan: Plan, seen: Seen) -> Plan | None:
+        return None
 
 
 # -- what a layer writes ----------------------------------------------------------------------------------------------
@@ -341,9 +367,9 @@ class RowsOutOfRange(Periodic):
         return rows + at.dump, h
 
 
-def subject_of(policy: Any, **more: Any) -> Subject:
+def subject_of(policy: Any, equals: Any = None) -> Subject:
     exact = [Exact(policy, n_layers=1)] if policy is DelayOfZero else None
-    return Subject(policy, exact, unmask=UNMASK, **more)
+    return Subject(policy, exact, () if equals is None else [(policy, equals)], unmask=UNMASK)
 
 
 def verdict_on(claim: str, subject: Subject) -> search.Verdict:
@@ -366,13 +392,16 @@ def readable(verdict: search.Verdict) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick_and_fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(search, "SHRINK_S", 2.0)
+    yield
+    for kept in (plain, watched):  # runs on a broken engine
+        kept.cache_clear()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.policy.__name__)
 def test_a_planted_fault_is_found_by_the_claim_that_it_breaks(fault: Fault) -> None:
-    verdict = verdict_on(fault.claim, subject_of(fault.policy))
+    verdict = verdict_on(fault.claim, subject_of(fault.policy, fault.equals))
     assert verdict.status == "fail", f"{fault.policy.__name__} passes {fault.claim}"
     assert re.search(fault.says, str(verdict), re.S), str(verdict)
     assert readable(verdict), str(verdict)
@@ -401,7 +430,37 @@ def of_another_sequence(put: Any) -> Any:
     return lambda x, rows, y, *lanes: put(x, rows, y.roll(1, 0), *lanes)
 
 
+def for_everyone(arrays: Any) -> Any:
+    """The inputs of a pass, made as if no sequence were finished."""
+
+    class Everyone(State):
+        @property
+        def active(self) -> np.ndarray:
+            return np.ones(self.batch, dtype=bool)
+
+    def wrong(inputs: Inputs, plan: Plan, ask: Any) -> Any:
+        inputs = copy(inputs)
+        inputs.state = copy(inputs.state)
+        inputs.state.__class__ = Everyone
+        return arrays(inputs, plan, ask)
+
+    return wrong
+
+
+def rewriting(apply: Any) -> Any:
+    """The canvas, whose first committed token becomes another one step later."""
+
+    def wrong(state: State, update: Any, seen: Any) -> None:
+        early = state.known & ~state.prompt
+        apply(state, update, seen)
+        state.tokens = np.where(early & (early.cumsum(1) == 1), 1 - state.tokens.clip(0, 1), state.tokens)
+
+    return wrong
+
+
 BROKEN = [
+    Broken("finished sequences run on", "a_finished_sequence_costs_nothing", Inputs, "arrays", for_everyone),
+    Broken("a token is rewritten", "a_committed_row_never_changes", State, "apply", rewriting),
     Broken("keys rotated twice", PLAIN, Layer, "project", twice_rotated),
     Broken("rows counted twice", BOOKS, Layer, "_count", lambda count: lambda at, *a: (count(at, *a), count(at, *a))),
     Broken("rows of another sequence", FRESH, engine_layer, "put", of_another_sequence),
@@ -420,7 +479,7 @@ def test_a_fault_of_the_engine_is_found(broken: Broken, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_what_the_faults_are_planted_in_has_none(name: str) -> None:
-    verdict = search.judge(CLAIMS[name], subject_of(Periodic, equals=[(Periodic, Periodic)]), examples=3)
+    verdict = search.judge(CLAIMS[name], subject_of(Periodic, equals=Periodic), examples=3)
     assert verdict.status == "pass", str(verdict)
 
 
@@ -434,3 +493,12 @@ def test_the_snippet_of_a_verdict_reproduces_it() -> None:
 def test_the_smallest_example_is_small() -> None:
     verdict = verdict_on(FRESH, subject_of(RotatesTwice))
     assert "1 sequence of 1 + 4 (prompt + masked) rows" in verdict.example
+
+
+def test_a_filter_that_restricts_nothing_is_its_inner_policy() -> None:
+    verdict = verdict_on("equal_configurations_commit_the_same", subject_of(ShowsAll, DRIFTS))
+    assert verdict.status == "pass", str(verdict)
+
+
+def test_every_claim_has_a_fault_that_it_finds() -> None:
+    assert {entry.claim for entry in (*FAULTS, *BROKEN)} == CLAIMS.keys()

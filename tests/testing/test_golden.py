@@ -1,10 +1,12 @@
 """How recorded runs are read: their random numbers, their padding, the steps that dcache does not make."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from dcache.testing.golden import METHODS, cases
 from dcache.testing.golden.loop import NoCacheCase
 from dcache.testing.golden.noise import ReplayedDream, ReplayedLLaDA
 from dcache.testing.golden.unmaskers import recorded_unmasker, unknown_settings
@@ -77,3 +79,13 @@ def test_a_rule_that_an_unmasker_lacks_is_named(strategy, more, rule):
     reason = unknown_settings({"strategy": strategy, "settings": {rule: 1.0} | more})
     assert reason is not None
     assert rule in reason
+
+
+def test_every_recorded_run_is_checked_but_the_one_that_shows_a_defect():
+    root = Path(__file__).parents[1] / "golden"
+    files = [json.loads(file.read_text()) for file in root.rglob("*.json")]
+    runs = [data for data in files if isinstance(data, dict) and {"steps", "settings"} <= data.keys()]
+    assert {run["method"] for run in runs} == set(METHODS)
+    found = list(cases(root))
+    assert len(found) == len(runs) == 117
+    assert [case.name for case in found if case.unsupported] == ["none/strat_14_llada_wino_b16"]

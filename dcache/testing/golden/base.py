@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dcache.models.loading import Model
 from dcache.plugins import load_model, plugins
-from dcache.state import State
-from dcache.unmasking.base import Ask, Asked, Picks, Unmasker
+from dcache.state import Seen, State
+from dcache.unmasking.base import Ask, Asked, Picks, Unmasker, Update
 
 LOGITS_TOLERANCE = 2e-4  # absolute, float32; recorded logits reach about 20
 CONFIDENCE_TOLERANCE = 1e-4
@@ -60,6 +60,10 @@ class Watched(Unmasker):
         for b, i in at.predicted.nonzero().tolist():
             self.logits[-1][lanes[b]][int(at.where[b, i])] = logits[b, i]
         return self.inner.pick(logits, at)
+
+    def settle(self, state: State, seen: Seen) -> Update:
+        """As the inner unmasker does."""
+        return self.inner.settle(state, seen)
 
     def of_row(self, step: int, b: int, row: int) -> Tensor | None:
         """Logits (vocab,) that a row gave in a step; None for a last row that predicts no position of the canvas."""

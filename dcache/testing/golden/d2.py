@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcache.arrays import Bools, first
 from dcache.density import densities
 from dcache.engine.layer import Layer
 from dcache.models.loading import Model
@@ -25,8 +24,8 @@ from dcache.models.transformer import ModelSpec, Transformer
 from dcache.policies.d2 import D2Cache, Selection
 from dcache.policy import CachePolicy, Filter, Plan
 from dcache.state import State
-from dcache.testing.golden.base import CONFIDENCE_TOLERANCE, LOGITS_TOLERANCE, Watched, close, equal
-from dcache.testing.golden.loop import LoopCase
+from dcache.testing.golden.base import CONFIDENCE_TOLERANCE, LOGITS_TOLERANCE, Watched, close, equal, left_padding
+from dcache.testing.golden.loop import LoopCase, Together
 from dcache.trace import Step
 
 IMPORTANCE_TOLERANCE = 1e-4  # column sums of the rollout, which sum to the length of the sequence
@@ -67,37 +66,27 @@ class Recorded(Filter):
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """The inner layer, on the right lanes."""
         if self.padded is not None:
-            self.padded.lanes = getattr(at, "lanes", self.padded.lanes)
+            self.padded.lanes = at.lanes
         return self.inner.layer(at, rows, h)
-
-
-class Together(State):
-    """A canvas whose sequences wait at the end of a block until all have completed it, as the published loop does."""
-
-    @property
-    def active(self) -> Bools:
-        """(batch,) bool: sequences in the earliest block that any of them is in."""
-        left = super().active
-        block = (first(self.masked, self.slots) - self.gen_start) // (self.block_length or self.slots)
-        active: Bools = left & (block == block[left].min(initial=self.slots))
-        return active
 
 
 class D2Case(LoopCase):
     """A run of d²Cache."""
 
-    canvas = Together
+    @property
+    def canvas(self) -> type[State]:
+        """One that waits."""
+        return Together
 
     @property
     def pads(self) -> list[int]:
         """Nothing is stripped."""
         return [0] * self.data["batch"]
 
-    @cached_property
+    @property
     def padding(self) -> list[int]:
         """Left padding of each recorded sequence."""
-        mask = self.data.get("attention_mask")
-        return [0] * self.data["batch"] if mask is None else [row.index(1) for row in mask]
+        return left_padding(self.data)
 
     def model(self, folder: Path, mask_id: int, end_ids: tuple[int, ...]) -> Model:
         """The tiny model; LLaDA's reference does not count padding, Dream's does."""

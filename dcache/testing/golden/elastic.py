@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from dcache.decode import decode
 from dcache.engine import Engine
+from dcache.models.transformer import ModelSpec
 from dcache.policies.elastic import ElasticCache
 from dcache.policies.none import NoCache
-from dcache.state import State
+from dcache.state import Seen, State
 from dcache.testing.golden.base import (
     CONFIDENCE_TOLERANCE,
     LOGITS_TOLERANCE,
@@ -24,8 +27,27 @@ from dcache.testing.golden.base import (
     equal,
 )
 from dcache.trace import Step
-from dcache.unmasking.base import Sampling, Unmasker
+from dcache.unmasking.base import Sampling, Unmasker, Update
 from dcache.unmasking.confidence import LowConfidence, Threshold
+
+SNAPSHOT_OF = "window_exceeds_gen"  # the case whose stores were recorded after one step
+SNAPSHOT_TOLERANCE = 1e-3  # absolute; these two are stated in the folder's README
+NORM_TOLERANCE = 1e-4
+
+
+class Stored(Watched):
+    """Also keeps what the stores hold after each step: name to (layers, slots + 1, ...)."""
+
+    def begin(self, net: Any, state: State) -> None:
+        """Begin, with the layers at hand."""
+        super().begin(net, state)
+        self._layers, self.stores = net.layers, []
+
+    def settle(self, state: State, seen: Seen) -> Update:
+        """After the passes of the step."""
+        stores = {name: torch.stack([at.stores[name][0] for at in self._layers]) for name in "HQKV"}
+        self.stores.append(stores)
+        return super().settle(state, seen)
 
 
 class ElasticCase(Case):
@@ -43,13 +65,13 @@ class ElasticCase(Case):
         return Threshold(sampling=sampling, threshold=s["threshold"], window=s["window_length"])
 
     def check(self) -> None:
-        """Rows, picks, start layers, commits, drops, accounts, similarities, logits; and the uncached run."""
+        """Rows, picks, start layers, commits, accounts, similarities, logits, stores; and the uncached run."""
         s = self.settings
         model = self.model(self.folder, s["mask_id"], (s["eos_id"],))
         prompts = [self.data["prompt_ids"]]
         state = State(model.spec, prompts, s["gen_length"])
         policy = ElasticCache(gamma=s["gamma"], track_num=s["track_num"], block_caching=s["block_caching"])
-        watched = Watched(self._unmasker())
+        watched = Stored(self._unmasker())
         engine = Engine(model.transformer, policy, watched, debug=True)
         trace = decode(engine, state)
         for step, recorded in zip(trace, self.data["steps"], strict=False):
@@ -57,6 +79,7 @@ class ElasticCase(Case):
         equal("number of steps", len(trace), self.data["nfe"])
         equal("final canvas", state.tokens[0].tolist(), self.data["final_sequence"])
         self._compare_floats(trace, watched)
+        self._compare_stores(watched.stores, model.spec)
         uncached = State(model.spec, prompts, s["gen_length"])
         steps = decode(Engine(model.transformer, NoCache(), self._unmasker()), uncached)
         reference = self.data["no_cache_reference"]
@@ -98,3 +121,21 @@ class ElasticCase(Case):
             if positions is not None:
                 kept = torch.stack([logits[0][p] for p in positions.tolist()])
                 close(f"step {i}: logits", kept, self.tensors[f"step_{i:03d}.logits"], LOGITS_TOLERANCE)
+
+    def _compare_stores(self, stores: Sequence[Mapping[str, Tensor]], spec: ModelSpec) -> None:
+        """Norms of the cached tensors where recorded, and all of them where a snapshot was taken."""
+        total, repeated = self.data["total_length"], (spec.n_heads // spec.n_kv_heads) ** 0.5
+        for held, recorded in zip(stores, self.data["steps"], strict=True):
+            for layer, norms in enumerate(recorded.get("cache_norms") or ()):
+                parts = [held[name][layer].narrow(-2, 0, total).norm() for name in "HQKV"]
+                found = torch.stack([*parts[:2], parts[2] * repeated, parts[3] * repeated])  # as counted there
+                where = f"step {recorded['step']}, layer {layer}: norms of x, q, k, v, relative"
+                close(where, found / torch.tensor(norms), torch.ones(4), NORM_TOLERANCE)
+        if self.data["case"] != SNAPSHOT_OF:
+            return
+        with safe_open(self.folder / "cache_snapshot.safetensors", "pt") as snapshot:
+            held = stores[int(snapshot.metadata()["after_step"])]
+            for layer in range(spec.n_layers):
+                for name, part in zip("HQKV", "xqkv", strict=True):
+                    found, expected = held[name][layer], snapshot.get_tensor(f"layer_{layer}.{part}")
+                    close(f"snapshot, layer {layer}: {part}", found.narrow(-2, 0, total), expected, SNAPSHOT_TOLERANCE)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 
+from dcache.arrays import Bools, first
 from dcache.decode import decode
 from dcache.engine import Engine
+from dcache.models.loading import Model
 from dcache.policies.none import NoCache
 from dcache.policy import CachePolicy
 from dcache.state import State
@@ -29,11 +31,25 @@ from dcache.trace import Step
 OTHER_SCORES = ("topk_margin", "entropy", "random")  # recorded as the confidence, which dcache reports whatever ranks
 
 
+class Together(State):
+    """A canvas whose sequences wait at the end of a block until all have completed it, as d²Cache's loop does."""
+
+    @property
+    def active(self) -> Bools:
+        """(batch,) bool: sequences in the earliest block that any of them is in."""
+        left = super().active
+        block = (first(self.masked, self.slots) - self.gen_start) // (self.block_length or self.slots)
+        active: Bools = left & (block == block[left].min(initial=self.slots))
+        return active
+
+
 class LoopCase(Case):
     """A recorded decoding loop: a policy, and the unmasker that the settings describe."""
 
-    canvas: ClassVar[type[State]] = State
-    """Stands for how the published loop takes its sequences through the blocks."""
+    @property
+    def canvas(self) -> type[State]:
+        """Stands for how the published loop takes its sequences through the blocks."""
+        return State
 
     @property
     def unsupported(self) -> str | None:
@@ -75,28 +91,42 @@ class LoopCase(Case):
         """The policy that was recorded."""
 
     def check(self) -> None:
-        """Rows, commits and tokens of every step; logits where recorded; the final canvas."""
+        """Rows, commits and tokens of every step; confidences and logits where recorded; the final canvases."""
         s = self.settings
         ends = tuple(i for i in (s.get("eos_token_id"), s.get("eot_token_id")) if i is not None)
         model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], ends or (126,))
-        prompts = [row[pad:] for row, pad in zip(self.data["prompt"], self.pads, strict=True)]
-        guided = bool(s.get("cfg_scale"))
-        state = self.canvas(model.spec, prompts, self.gen_length, s.get("block_length"), guided=guided)
-        watched = Watched(recorded_unmasker(self.data, model.spec.vocab_size))
+        state, watched = self._state(model, self.pads), Watched(recorded_unmasker(self.data, model.spec.vocab_size))
         trace = decode(Engine(model.transformer, self.policy(), watched, debug=True), state)
         self._compare_commits(trace)
-        for b, pad in enumerate(self.pads):
+        self._compare_final("final", state, self.pads)
+        self._compare_passes(trace, watched)
+        if self.data.get("no_cache_final"):
+            self._check_uncached(ends or (126,))
+
+    def _state(self, model: Model, pads: Sequence[int]) -> State:
+        """The canvas before the first step, without so much padding."""
+        prompts = [row[pad:] for row, pad in zip(self.data["prompt"], pads, strict=True)]
+        guided = bool(self.settings.get("cfg_scale"))
+        return self.canvas(model.spec, prompts, self.gen_length, self.settings.get("block_length"), guided=guided)
+
+    def _check_uncached(self, ends: tuple[int, ...]) -> None:
+        """The same decoder without a cache."""
+        folder, pads = (self.file.parent / self.data["weights"]).resolve(), left_padding(self.data)
+        model = Case.model(self, folder, self.data["mask_id"], ends)
+        state = self._state(model, pads)
+        unmasker = recorded_unmasker(self.data, model.spec.vocab_size)
+        decode(Engine(model.transformer, NoCache(), unmasker, debug=True), state)
+        self._compare_final("no_cache_final", state, pads)
+
+    def _compare_final(self, name: str, state: State, pads: Sequence[int]) -> None:
+        for b, pad in enumerate(pads):
             final = state.tokens[b, : state.lengths[b]].tolist()
-            equal(f"sequence {b}: final canvas", final, self.data["final"][b][pad:])
-        if "strategy" not in self.data:
-            self._compare_passes(trace, watched)
+            equal(f"sequence {b}: {name}", final, self.data[name][b][pad:])
 
     def _compare_commits(self, trace: list[Step]) -> None:
         for b, pad in enumerate(self.pads):
             recorded = [sorted((p - pad, t) for p, t in step["commit"][b] or ()) for step in self.steps]
             found = [self._written(step, b) for step in trace]
-            if "strategy" in self.data:  # its sequences wait for each other at block ends: same steps, other numbers
-                recorded, found = [x for x in recorded if x], [x for x in found if x]
             for i, (now, then) in enumerate(zip(found, recorded, strict=False)):
                 equal(f"step {i}, sequence {b}: commits", now, then)
             equal(f"sequence {b}: number of steps", len(found), len(recorded))
@@ -107,6 +137,7 @@ class LoopCase(Case):
         return sorted(commits + [(int(p), self.data["mask_id"]) for p in np.flatnonzero(step.remask[b])])
 
     def _compare_passes(self, trace: list[Step], watched: Watched) -> None:
+        known = np.zeros_like(trace[0].commit)  # before each step, of the generation
         for i, (step, recorded) in enumerate(zip(trace, self.steps, strict=True)):
             number = recorded["step"]
             for b, pad in enumerate(self.pads):
@@ -120,15 +151,29 @@ class LoopCase(Case):
                     for n, p in enumerate(p - pad for p in rows):
                         if p >= 0 and (now := watched.of_row(i, b, p)) is not None:
                             close(f"step {number}, row {p}", now, logits[b, n], LOGITS_TOLERANCE)
-                confidence = self.tensors["confidence"][number, b, pad:]
-                scored = confidence.isfinite() & torch.from_numpy(step.rows[b, : len(confidence)])
-                if self.settings.get("remasking") != "random" and self.settings.get("alg") not in OTHER_SCORES:
-                    now = torch.from_numpy(step.confidence[b, : len(confidence)])
-                    close(f"step {number}: confidence", now[scored], confidence[scored], CONFIDENCE_TOLERANCE)
+                self._compare_confidence(number, b, step, known[b])
+            known = (known | step.commit) & ~step.remask
+
+    def _compare_confidence(self, number: int, b: int, step: Step, known: Bools) -> None:
+        """At the masked rows for which one was recorded, of the whole canvas or of the generation."""
+        s = self.settings
+        if s.get("remasking") == "random" or s.get("alg") in OTHER_SCORES or s.get("debias"):
+            return  # the record holds the score that ranks
+        recorded, pad = self.tensors["confidence"][number, b], self.pads[b]
+        begin = max(len(self.data["final"][b]) - len(recorded), pad)
+        recorded = recorded[len(recorded) - len(self.data["final"][b]) + begin :]
+        here = slice(begin - pad, begin - pad + len(recorded))
+        masked, now = torch.from_numpy(~known[here]), torch.from_numpy(step.confidence[b, here])
+        close(f"step {number}, sequence {b}: confidence", now[masked], recorded[masked], CONFIDENCE_TOLERANCE)
 
 
 class NoCacheCase(LoopCase):
     """A case of the ``none`` folder."""
+
+    @property
+    def canvas(self) -> type[State]:
+        """The strategies were recorded from d²Cache's loop."""
+        return Together if "strategy" in self.data else State
 
     def policy(self) -> CachePolicy:
         """No cache."""
