@@ -122,9 +122,9 @@ def policy_of(maker: Maker) -> CachePolicy:
     return make_policy(maker) if isinstance(maker, str) else maker()
 
 
-def refusal(policy: CachePolicy, canvas: Canvas) -> str | None:
+def refusal(policy: CachePolicy, canvas: Canvas, unmasker: Unmasker | None = None) -> str | None:
     """Why policy or unmasker refuse a canvas, or each other; None if they do not."""
-    unmasker, spec = canvas.unmasker(), canvas.model.spec
+    unmasker, spec = unmasker or canvas.unmasker(), canvas.model.spec
     return unmasker.refuses(spec) or policy.refuses(spec, unmasker)
 
 
@@ -135,16 +135,24 @@ class Run:
         maker: the policy.
         canvas: what is decoded.
         only: one sequence of the canvas, as a batch of its own.
+        unmasker: instead of the canvas's.
         engine: further arguments of `Engine`.
 
     Raises:
         Refused: if policy and unmasker do not go together, or not on this canvas.
     """
 
-    def __init__(self, maker: Maker, canvas: Canvas, only: int | None = None, **engine: Any):
+    def __init__(
+        self,
+        maker: Maker,
+        canvas: Canvas,
+        only: int | None = None,
+        unmasker: Unmasker | None = None,
+        **engine: Any,
+    ):
         self.canvas, self.only = canvas, only
-        self.policy, self.unmasker = policy_of(maker), canvas.unmasker()
-        if (reason := refusal(self.policy, canvas)) is not None:
+        self.policy, self.unmasker = policy_of(maker), unmasker or canvas.unmasker()
+        if (reason := refusal(self.policy, canvas, self.unmasker)) is not None:
             raise Refused(reason)
         options: dict[str, Any] = {"debug": True, "buckets": ()} | engine
         self.engine = Engine(canvas.model, self.policy, self.unmasker, **options)
@@ -168,9 +176,13 @@ class Run:
         """The steps that sequence `b` took part in."""
         return (step for step in self.trace if step.active[b])
 
-    def rows(self, b: int) -> list[list[int]]:
+    def rows(self, b: int = 0) -> list[list[int]]:
         """Rows that each of these steps computed."""
         return [where(step.rows[b]) for step in self.steps(b)]
+
+    def commits(self, b: int = 0) -> list[dict[int, int]]:
+        """Position to token of what each of these steps committed."""
+        return [commits(step, b) for step in self.steps(b)]
 
 
 def where(mask: Bools) -> list[int]:

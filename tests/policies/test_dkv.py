@@ -12,15 +12,12 @@ from dcache import CachePolicy, Plan, Sampling, Seen, State, Unmasker, Update
 from dcache.arrays import leftmost
 from dcache.decode import decode
 from dcache.engine import Engine
-from dcache.models.transformer import Transformer
 from dcache.policies.dkv import DKVCache, near
 from dcache.policies.none import NoCache
 from dcache.testing.models import random_model
+from dcache.testing.runs import Canvas, Run
 from dcache.unmasking.confidence import LowConfidence, Threshold
 from dcache.unmasking.order import RandomOrder
-
-MODELS = {(seed, shift): random_model(seed, shift=shift) for seed in range(3) for shift in (0, 1)}
-SHALLOW = {(seed, shift): random_model(seed, n_layers=1, shift=shift) for seed in range(3) for shift in (0, 1)}
 
 canvases = st.fixed_dictionaries(
     {
@@ -59,37 +56,17 @@ def unmasker_of(canvas: dict[str, Any], knobs: dict[str, Any]) -> Unmasker:
     return kind(sampling=Sampling(after_end="decode"), tokens_per_step=canvas["per_step"])
 
 
-class Run:
+def decoded(
+    canvas: dict[str, Any], policy: CachePolicy, unmasker: Unmasker, n_layers: int = 3, only: int | None = None
+) -> Run:
     """Decode a drawn canvas, all sequences or one of them."""
-
-    def __init__(
-        self,
-        canvas: dict[str, Any],
-        policy: CachePolicy,
-        unmasker: Unmasker,
-        models: dict[tuple[int, int], Transformer] = MODELS,
-        only: int | None = None,
-    ):
-        model = models[canvas["seed"], canvas["shift"]]
-        draw = np.random.default_rng(canvas["seed"])
-        prompts = [draw.integers(0, 30, size=p).tolist() for p, _ in canvas["lengths"]]
-        gens = [g for _, g in canvas["lengths"]]
-        chosen = list(range(len(prompts))) if only is None else [only]
-        self.state = State(model.spec, [prompts[i] for i in chosen], [gens[i] for i in chosen], canvas["block"], chosen)
-        self.trace = decode(Engine(model, policy, unmasker, debug=True), self.state)
-
-    def commits(self, b: int = 0) -> list[dict[int, int]]:
-        return [{int(p): int(s.tokens[b, p]) for p in np.flatnonzero(s.commit[b])} for s in self.trace if s.active[b]]
-
-    def rows(self, b: int = 0) -> list[set[int]]:
-        return [set(np.flatnonzero(s.rows[b]).tolist()) for s in self.trace if s.active[b]]
+    sizes = {name: canvas[name] for name in ("seed", "shift")} | {"n_layers": n_layers, "block_length": canvas["block"]}
+    return Run(lambda: policy, Canvas(lengths=tuple(canvas["lengths"]), **sizes), only, unmasker).go()
 
 
-def assert_equals_no_cache(
-    canvas: dict[str, Any], knobs: dict[str, Any], models: dict[tuple[int, int], Transformer] = MODELS
-) -> None:
-    run = Run(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs), models)
-    reference = Run(canvas, NoCache(), unmasker_of(canvas, knobs), models)
+def assert_equals_no_cache(canvas: dict[str, Any], knobs: dict[str, Any], n_layers: int = 3) -> None:
+    run = decoded(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs), n_layers)
+    reference = decoded(canvas, NoCache(), unmasker_of(canvas, knobs), n_layers)
     for b in range(run.state.batch):
         assert run.commits(b) == reference.commits(b)
 
@@ -114,7 +91,7 @@ def test_one_layer_equals_no_cache_unless_rows_are_cached_before_their_token_is_
     """K and V of the first layer depend on the token alone, so this is the test of the delay."""
     if canvas["shift"] and knobs.get("cacheable") == "un":
         knobs = knobs | {"cacheable": "un_right"}
-    assert_equals_no_cache(canvas, knobs, SHALLOW)
+    assert_equals_no_cache(canvas, knobs, n_layers=1)
 
 
 LONG = {"seed": 0, "shift": 0, "lengths": [(5, 24)], "block": None, "per_step": 1}
@@ -143,22 +120,22 @@ def test_a_missing_delay_is_found_by_the_one_layer_property(shift: int, knobs: d
             return plan
 
     canvas, knobs = LONG | {"shift": shift}, knobs | {"interval": 100}
-    reference = Run(canvas, NoCache(), unmasker_of(canvas, knobs), SHALLOW)
-    assert Run(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs), SHALLOW).commits() == reference.commits()
-    assert Run(canvas, NoDelay(**knobs), unmasker_of(canvas, knobs), SHALLOW).commits() != reference.commits()
+    reference = decoded(canvas, NoCache(), unmasker_of(canvas, knobs), n_layers=1)
+    assert decoded(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs), n_layers=1).commits() == reference.commits()
+    assert decoded(canvas, NoDelay(**knobs), unmasker_of(canvas, knobs), n_layers=1).commits() != reference.commits()
 
 
 def test_the_published_rule_for_shifted_models_is_not_exact_on_one_layer() -> None:
     canvas = LONG | {"shift": 1}
-    run = Run(canvas, DKVCache(interval=100), unmasker_of(canvas, {}), SHALLOW)
-    assert run.commits() != Run(canvas, NoCache(), unmasker_of(canvas, {}), SHALLOW).commits()
+    run = decoded(canvas, DKVCache(interval=100), unmasker_of(canvas, {}), n_layers=1)
+    assert run.commits() != decoded(canvas, NoCache(), unmasker_of(canvas, {}), n_layers=1).commits()
 
 
 @given(canvas=canvases, cacheable=st.sampled_from(["un", "un_right", "right"]))
 def test_pd_that_refreshes_every_step_equals_prefill(canvas: dict[str, Any], cacheable: str) -> None:
     knobs = {"variant": "pd", "interval": 1, "cacheable": cacheable}
-    run = Run(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs))
-    prefill = Run(canvas, DKVCache(variant="prefill"), unmasker_of(canvas, knobs))
+    run = decoded(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs))
+    prefill = decoded(canvas, DKVCache(variant="prefill"), unmasker_of(canvas, knobs))
     for b in range(run.state.batch):
         assert run.rows(b) == prefill.rows(b)
         assert run.commits(b) == prefill.commits(b)
@@ -190,12 +167,12 @@ def may_be_cached(known: set[int], total: int, shift: int, rule: str) -> set[int
 
 @given(canvas=canvases, knobs=knobs)
 def test_rows_are_those_of_the_paper(canvas: dict[str, Any], knobs: dict[str, Any]) -> None:
-    run = Run(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs))
+    run = decoded(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs))
     shift, variant, interval = canvas["shift"], knobs["variant"], knobs["interval"]
     for b in range(run.state.batch):
         prompt, total = int(run.state.gen_start[b]), int(run.state.lengths[b])
         everything, prefix, before = set(range(total)), set(range(prompt - shift)), None
-        for rows, (i, known, last, now) in zip(run.rows(b), decoded_sets(run, b), strict=True):
+        for rows, (i, known, last, now) in zip(map(set, run.rows(b)), decoded_sets(run, b), strict=True):
             first_step = before is None
             cached = prefix if first_step else may_be_cached(known, total, shift, knobs.get("cacheable", "un"))
             old, before = before, cached
@@ -223,8 +200,8 @@ def in_block(run: Run, b: int, p: int, known: set[int]) -> bool:
 @given(canvas=canvases, interval=st.integers(1, 9), neighbours=st.integers(0, 4))
 def test_greedy_commits_in_the_drawn_order(canvas: dict[str, Any], interval: int, neighbours: int) -> None:
     knobs = {"variant": "greedy", "interval": interval, "neighbours": neighbours}
-    run = Run(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs))
-    reference = Run(canvas, NoCache(), unmasker_of(canvas, knobs))
+    run = decoded(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs))
+    reference = decoded(canvas, NoCache(), unmasker_of(canvas, knobs))
     for b in range(run.state.batch):
         assert [set(c) for c in run.commits(b)] == [set(c) for c in reference.commits(b)]
 
@@ -232,7 +209,7 @@ def test_greedy_commits_in_the_drawn_order(canvas: dict[str, Any], interval: int
 def test_a_cached_step_of_greedy_costs_a_constant_number_of_rows() -> None:
     knobs = {"variant": "greedy", "interval": 100, "neighbours": 2}
     canvas = LONG | {"lengths": [(5, 24)], "per_step": 2}
-    rows = [len(r) for r in Run(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs)).rows()]
+    rows = [len(r) for r in decoded(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs)).rows()]
     assert rows[0] == 29
     assert rows[1:9] == [2 + 2 + 2 * 2] * 8
 
@@ -255,7 +232,7 @@ def test_neighbours_are_searched_left_and_right_in_turn(data: st.DataObject, tot
                 count += 1
             left, right = (left - 1, right) if turn_left else (left, right + 1)
             turn_left = not turn_left
-    state = State(MODELS[0, 0].spec, [[1]], total - 1)
+    state = State(random_model(0).spec, [[1]], total - 1)
     state.masked, state.changed = np.array([masked]), np.array([changed])
     state.window = np.isin(np.arange(total), now)[None]
     state.order = np.array([[order.index(p) if p in order else 0 for p in range(total)]])
@@ -267,16 +244,16 @@ def test_neighbours_are_searched_left_and_right_in_turn(data: st.DataObject, tot
 
 @given(canvas=canvases, knobs=knobs)
 def test_a_batch_decodes_each_sequence_as_if_it_were_alone(canvas: dict[str, Any], knobs: dict[str, Any]) -> None:
-    together = Run(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs))
+    together = decoded(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs))
     for b in range(together.state.batch):
-        alone = Run(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs), only=b)
+        alone = decoded(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs), only=b)
         assert together.rows(b) == alone.rows()
         assert together.commits(b) == alone.commits()
 
 
 @given(canvas=canvases, knobs=knobs.filter(lambda k: k["variant"] != "greedy"))
 def test_a_row_put_back_is_computed_again(canvas: dict[str, Any], knobs: dict[str, Any]) -> None:
-    run = Run(canvas | {"block": None}, DKVCache(**knobs), TakesBack(sampling=Sampling(after_end="decode")))
+    run = decoded(canvas | {"block": None}, DKVCache(**knobs), TakesBack(sampling=Sampling(after_end="decode")))
     assert not run.state.masked.any()
     for step, following in zip(run.trace, run.trace[1:], strict=False):
         assert following.rows[step.remask & following.active[:, None]].all()
@@ -294,7 +271,7 @@ def test_a_row_dropped_undecoded_is_computed_like_any_mask() -> None:
 
 
 def test_greedy_is_refused_with_an_unmasker_that_chooses_after_the_pass() -> None:
-    transformer = MODELS[0, 0]
+    transformer = random_model(0)
     model = dcache.Model("random", transformer.spec, transformer)
     with pytest.raises(dcache.UsageError, match="'low-confidence' chooses them after the pass; use one that fixes"):
         dcache.generate(model, [[3, 1, 4]], policy="dkv(variant=greedy)", gen_length=8)

@@ -9,16 +9,13 @@ from hypothesis import strategies as st
 import dcache
 from dcache import CachePolicy, Sampling, Seen, State, Unmasker, Update
 from dcache.arrays import leftmost
-from dcache.decode import decode
 from dcache.engine import Engine
-from dcache.models.transformer import Transformer
 from dcache.policies.fast_dllm import FastDLLM
 from dcache.policies.none import NoCache
 from dcache.testing.models import random_model
+from dcache.testing.runs import Canvas, Run
 from dcache.unmasking.confidence import LowConfidence, Threshold
 
-MODELS = {(seed, shift): random_model(seed, shift=shift) for seed in range(3) for shift in (0, 1)}
-SHALLOW = {(seed, 0): random_model(seed, n_layers=1) for seed in range(3)}
 ALL = Sampling(after_end="decode")
 
 canvases = st.fixed_dictionaries(
@@ -33,31 +30,12 @@ modes = st.sampled_from(["dual", "prefix"])
 thresholds = st.sampled_from([0.2, 0.4, 0.6, 0.9])
 
 
-class Run:
+def decoded(
+    canvas: dict[str, Any], policy: CachePolicy, unmasker: Unmasker, n_layers: int = 3, only: int | None = None
+) -> Run:
     """Decode a drawn canvas, all sequences or one of them."""
-
-    def __init__(
-        self,
-        canvas: dict[str, Any],
-        policy: CachePolicy,
-        unmasker: Unmasker,
-        models: dict[tuple[int, int], Transformer] = MODELS,
-        only: int | None = None,
-    ):
-        self.model = models[canvas["seed"], canvas["shift"]]
-        draw = np.random.default_rng(canvas["seed"])
-        prompts = [draw.integers(0, 30, size=p).tolist() for p, _ in canvas["lengths"]]
-        gens = [g for _, g in canvas["lengths"]]
-        chosen = list(range(len(prompts))) if only is None else [only]
-        spec = self.model.spec
-        self.state = State(spec, [prompts[i] for i in chosen], [gens[i] for i in chosen], canvas["block"], chosen)
-        self.trace = decode(Engine(self.model, policy, unmasker, debug=True), self.state)
-
-    def commits(self, b: int = 0) -> list[dict[int, int]]:
-        return [{int(p): int(s.tokens[b, p]) for p in np.flatnonzero(s.commit[b])} for s in self.trace if s.active[b]]
-
-    def rows(self, b: int = 0) -> list[list[int]]:
-        return [np.flatnonzero(s.rows[b]).tolist() for s in self.trace if s.active[b]]
+    sizes = {name: canvas[name] for name in ("seed", "shift")} | {"n_layers": n_layers, "block_length": canvas["block"]}
+    return Run(lambda: policy, Canvas(lengths=tuple(canvas["lengths"]), **sizes), only, unmasker).go()
 
 
 class TakesBack(LowConfidence):
@@ -79,26 +57,26 @@ def assert_same_commits(a: Run, b: Run) -> None:
 @given(canvas=canvases, mode=modes, threshold=thresholds)
 def test_one_layer_equals_no_cache(canvas: dict[str, Any], mode: str, threshold: float) -> None:
     canvas = canvas | {"shift": 0}
-    run = Run(canvas, FastDLLM(mode=mode), Threshold(sampling=ALL, threshold=threshold), SHALLOW)
-    assert_same_commits(run, Run(canvas, NoCache(), Threshold(sampling=ALL, threshold=threshold), SHALLOW))
+    run = decoded(canvas, FastDLLM(mode=mode), Threshold(sampling=ALL, threshold=threshold), n_layers=1)
+    assert_same_commits(run, decoded(canvas, NoCache(), Threshold(sampling=ALL, threshold=threshold), n_layers=1))
 
 
 def test_two_layers_do_not() -> None:
     canvas = {"seed": 0, "shift": 0, "lengths": [(5, 24)], "block": 8}
-    runs = [Run(canvas, policy, LowConfidence(sampling=ALL)) for policy in (NoCache(), FastDLLM(mode="prefix"))]
+    runs = [decoded(canvas, policy, LowConfidence(sampling=ALL)) for policy in (NoCache(), FastDLLM(mode="prefix"))]
     assert runs[0].commits() != runs[1].commits()
 
 
 @given(canvas=canvases, mode=modes)
 def test_a_refresh_in_every_step_equals_no_cache(canvas: dict[str, Any], mode: str) -> None:
-    run = Run(canvas, FastDLLM(mode=mode, interval=1), LowConfidence(sampling=ALL))
-    assert_same_commits(run, Run(canvas, NoCache(), LowConfidence(sampling=ALL)))
+    run = decoded(canvas, FastDLLM(mode=mode, interval=1), LowConfidence(sampling=ALL))
+    assert_same_commits(run, decoded(canvas, NoCache(), LowConfidence(sampling=ALL)))
 
 
 @given(canvas=canvases, mode=modes)
 def test_blocks_that_their_first_pass_completes_equal_no_cache(canvas: dict[str, Any], mode: str) -> None:
-    run = Run(canvas, FastDLLM(mode=mode), Threshold(sampling=ALL, threshold=0))
-    assert_same_commits(run, Run(canvas, NoCache(), Threshold(sampling=ALL, threshold=0)))
+    run = decoded(canvas, FastDLLM(mode=mode), Threshold(sampling=ALL, threshold=0))
+    assert_same_commits(run, decoded(canvas, NoCache(), Threshold(sampling=ALL, threshold=0)))
     for b, (_, gen) in enumerate(canvas["lengths"]):
         assert len(run.commits(b)) == gen // (canvas["block"] or gen)  # and no pass is made that commits nothing
 
@@ -106,7 +84,7 @@ def test_blocks_that_their_first_pass_completes_equal_no_cache(canvas: dict[str,
 @given(canvas=canvases, threshold=thresholds)
 def test_prefix_and_dual_are_the_same_in_one_block(canvas: dict[str, Any], threshold: float) -> None:
     canvas = canvas | {"block": None}
-    runs = [Run(canvas, FastDLLM(mode=m), Threshold(sampling=ALL, threshold=threshold)) for m in ("dual", "prefix")]
+    runs = [decoded(canvas, FastDLLM(mode=m), Threshold(sampling=ALL, threshold=threshold)) for m in ("dual", "prefix")]
     assert_same_commits(*runs)
     for b in range(runs[0].state.batch):
         assert runs[0].rows(b) == runs[1].rows(b)
@@ -114,13 +92,13 @@ def test_prefix_and_dual_are_the_same_in_one_block(canvas: dict[str, Any], thres
 
 @given(canvas=canvases, mode=modes)
 def test_a_threshold_above_one_is_one_token_per_step(canvas: dict[str, Any], mode: str) -> None:
-    run = Run(canvas, FastDLLM(mode=mode), Threshold(sampling=ALL, threshold=1.5))
-    assert_same_commits(run, Run(canvas, FastDLLM(mode=mode), LowConfidence(sampling=ALL)))
+    run = decoded(canvas, FastDLLM(mode=mode), Threshold(sampling=ALL, threshold=1.5))
+    assert_same_commits(run, decoded(canvas, FastDLLM(mode=mode), LowConfidence(sampling=ALL)))
 
 
 @given(canvas=canvases, mode=modes)
 def test_a_cached_pass_on_the_canvas_of_the_refresh_predicts_the_same(canvas: dict[str, Any], mode: str) -> None:
-    model = MODELS[canvas["seed"], canvas["shift"]]
+    model = random_model(canvas["seed"], shift=canvas["shift"])
     state = State(model.spec, [[3, 1, 4]] * len(canvas["lengths"]), [g for _, g in canvas["lengths"]], canvas["block"])
     engine = Engine(model, FastDLLM(mode=mode), LowConfidence(sampling=ALL), debug=True)
     engine.begin(state)
@@ -142,7 +120,7 @@ def test_a_cached_pass_on_the_canvas_of_the_refresh_predicts_the_same(canvas: di
 def test_a_block_begins_with_all_rows_and_goes_on_with_those_that_predict_it(
     canvas: dict[str, Any], mode: str, threshold: float, interval: int | None
 ) -> None:
-    run = Run(canvas, FastDLLM(mode=mode, interval=interval), Threshold(sampling=ALL, threshold=threshold))
+    run = decoded(canvas, FastDLLM(mode=mode, interval=interval), Threshold(sampling=ALL, threshold=threshold))
     shift = canvas["shift"]
     for b, (prompt, gen) in enumerate(canvas["lengths"]):
         total, width = prompt + gen, canvas["block"] or gen
@@ -159,7 +137,7 @@ def test_a_block_begins_with_all_rows_and_goes_on_with_those_that_predict_it(
 @given(canvas=canvases, mode=modes)
 def test_released_rows_of_a_shifted_model_are_the_block_itself(canvas: dict[str, Any], mode: str) -> None:
     canvas = canvas | {"shift": 1, "block": 4}
-    run = Run(canvas, FastDLLM(mode=mode, rows="block"), LowConfidence(sampling=ALL, first="alone"))
+    run = decoded(canvas, FastDLLM(mode=mode, rows="block"), LowConfidence(sampling=ALL, first="alone"))
     for b, (prompt, gen) in enumerate(canvas["lengths"]):
         total = prompt + gen
         for i, (rows, commits) in enumerate(zip(run.rows(b), run.commits(b), strict=True)):
@@ -172,7 +150,7 @@ def test_released_rows_of_a_shifted_model_are_the_block_itself(canvas: dict[str,
 def test_cost_is_one_full_pass_per_block_and_the_block_after_it(
     canvas: dict[str, Any], mode: str, threshold: float
 ) -> None:
-    run = Run(canvas | {"block": 4}, FastDLLM(mode=mode), Threshold(sampling=ALL, threshold=threshold))
+    run = decoded(canvas | {"block": 4}, FastDLLM(mode=mode), Threshold(sampling=ALL, threshold=threshold))
     for b, (prompt, gen) in enumerate(canvas["lengths"]):
         cached = [0] * (gen // 4)  # passes after the first, by block
         for commits in run.commits(b):
@@ -181,12 +159,12 @@ def test_cost_is_one_full_pass_per_block_and_the_block_after_it(
         for block, n in enumerate(cached):
             rest = gen - 4 * block
             cost += prompt + gen + (n - 1) * (4 if mode == "dual" else rest)
-        assert sum(int(s.row_layers[:, b].sum()) for s in run.trace) == run.model.spec.n_layers * cost
+        assert sum(int(s.row_layers[:, b].sum()) for s in run.trace) == run.state.spec.n_layers * cost
 
 
 def test_in_a_sliding_window_the_prompt_alone_is_reused() -> None:
     canvas = {"seed": 0, "shift": 0, "lengths": [(5, 12)], "block": 4}
-    rows = Run(canvas, FastDLLM(), Threshold(sampling=ALL, threshold=0.9, window=4)).rows()
+    rows = decoded(canvas, FastDLLM(), Threshold(sampling=ALL, threshold=0.9, window=4)).rows()
     assert rows == [list(range(17))] + [list(range(5, 17))] * (len(rows) - 1)
 
 
@@ -198,23 +176,23 @@ def test_a_batch_decodes_each_sequence_as_if_it_were_alone(
     canvas: dict[str, Any], mode: str, threshold: float, after_end: str
 ) -> None:
     sampling = Sampling.model_validate({"after_end": after_end})
-    together = Run(canvas, FastDLLM(mode=mode), Threshold(sampling=sampling, threshold=threshold))
+    together = decoded(canvas, FastDLLM(mode=mode), Threshold(sampling=sampling, threshold=threshold))
     for b in range(together.state.batch):
-        alone = Run(canvas, FastDLLM(mode=mode), Threshold(sampling=sampling, threshold=threshold), only=b)
+        alone = decoded(canvas, FastDLLM(mode=mode), Threshold(sampling=sampling, threshold=threshold), only=b)
         assert together.rows(b) == alone.rows()
         assert together.commits(b) == alone.commits()
 
 
 @given(canvas=canvases, mode=modes)
 def test_a_row_put_back_is_decoded_again(canvas: dict[str, Any], mode: str) -> None:
-    run = Run(canvas, FastDLLM(mode=mode), TakesBack(sampling=ALL))
+    run = decoded(canvas, FastDLLM(mode=mode), TakesBack(sampling=ALL))
     assert not run.state.masked.any()
     assert sum(int(s.remask.sum()) for s in run.trace) >= len(canvas["lengths"])
 
 
 def test_released_rows_are_refused_where_the_first_position_would_have_no_predictor() -> None:
     shifted, plain = (
-        dcache.Model("random", MODELS[0, shift].spec, MODELS[0, shift])  #
+        dcache.Model("random", random_model(0, shift=shift).spec, random_model(0, shift=shift))  #
         for shift in (1, 0)
     )
     dcache.generate(plain, [[3, 1, 4]], policy="fast-dllm(rows=block)", gen_length=8)

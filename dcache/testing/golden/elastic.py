@@ -41,7 +41,8 @@ class Stored(Watched):
     def begin(self, net: Any, state: State) -> None:
         """Begin, with the layers at hand."""
         super().begin(net, state)
-        self._layers, self.stores = net.layers, []
+        self._layers = net.layers
+        self.stores: list[dict[str, Tensor]] = []
 
     def settle(self, state: State, seen: Seen) -> Update:
         """After the passes of the step."""
