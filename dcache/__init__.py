@@ -18,7 +18,7 @@ from dcache.hookspecs import Register, hookimpl
 from dcache.models.family import Family
 from dcache.models.loading import Model
 from dcache.plugins import load_model
-from dcache.policy import CachePolicy, Filter, Plan, PolicyConfig
+from dcache.policy import CachePolicy, Filter, FilterConfig, Plan, PolicyConfig
 from dcache.state import Seen, State
 from dcache.tasks.base import Problem, Task
 from dcache.unmasking.base import Ask, Asked, Picks, Sampling, Unmasker, UnmaskerConfig, Update
@@ -31,6 +31,7 @@ __all__ = [
     "DCacheError",
     "Family",
     "Filter",
+    "FilterConfig",
     "Model",
     "ModelError",
     "NumericsError",

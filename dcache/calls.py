@@ -1,7 +1,8 @@
 """The little language of policies and unmaskers: ``elastic``, ``elastic(gamma=0.95,window=32)``.
 
-A name, then optional ``knob=value`` pairs. A value is an integer, a float, ``true``, ``false``, ``none``, a word or
-a path. The parser says where it stopped; what the values mean is for the knobs' own class to judge.
+A name, then optional ``knob=value`` pairs. A value is an integer, a float, ``true``, ``false``, ``none``, a word, a
+path, or another call, as in ``suffix(inner=elastic(gamma=0.95))``. The parser says where it stopped; what the values
+mean is for the knobs' own class to judge.
 """
 
 import math
@@ -17,6 +18,7 @@ Value: TypeAlias = bool | int | float | str | None
 NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
 KNOB = re.compile(r"[a-z_][a-z0-9_]*")
 WORD = re.compile(r"[A-Za-z_/][A-Za-z0-9_.:+/-]*|\.{1,2}/[A-Za-z0-9_.:+/-]*")  # a file's path is a word too
+DEEPEST = 16
 CONSTANTS: dict[str, Value] = {"true": True, "false": False, "none": None}
 
 
@@ -58,9 +60,11 @@ def parse_value(text: str) -> Value:
             pass
     if WORD.fullmatch(text) and text.lower() not in ("nan", "inf", "infinity"):
         return text
+    if "(" in text:
+        return str(parse_call(text))
     raise UsageError(
-        f"{text!r} is not a value; write a number, true, false, none, a word, or a path of letters, digits and "
-        "characters of ._:+/-"
+        f"{text!r} is not a value; write a number, true, false, none, a word, a call, or a path of letters, "
+        "digits and characters of ._:+/-"
     )
 
 
@@ -84,6 +88,8 @@ def split_list(text: str) -> list[str]:
 def parse_call(text: str) -> Call:
     """Read one call; raises UsageError saying what is wrong and how to write it."""
     text = text.strip()
+    if text.count("(") > DEEPEST:
+        raise UsageError(f"{text[:60]!r}...: more than {DEEPEST} calls within each other")
     name, bracket, rest = text.partition("(")
     if ")" in name:
         raise UsageError(f"{text!r}: a ')' without '('")
@@ -97,7 +103,7 @@ def parse_call(text: str) -> Call:
         raise UsageError(f"{text!r}: the '(' is not closed; write name(knob=value,...)")
     knobs: dict[str, Value] = {}
     inside = rest[:-1]
-    for pair in inside.split(",") if inside.strip() else []:
+    for pair in split_list(inside) if inside.strip() else []:
         knob, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or not KNOB.fullmatch(knob):
             raise UsageError(f"{text!r}: {pair.strip()!r} is not knob=value")
@@ -120,16 +126,18 @@ def policy_calls(policies: str, sets: Sequence[str] = (), sweeps: Sequence[str] 
             raise UsageError(f"--set {text}: {name!r} is not one of --policies {policies}; add it there")
         calls = [_with(call, knob, value, f"--set {text}") if call.name == name else call for call in calls]
     for text in sweeps:
-        name, knob, values = _assignment(text, "--sweep")
+        name, knob, listed = _assignment(text, "--sweep")
+        try:
+            values = split_list(listed)
+        except UsageError as error:
+            raise UsageError(f"--sweep {text}: {error}") from None
         if name not in [call.name for call in calls]:
             calls.append(Call(name))
         calls = [
             each
             for call in calls
             for each in (
-                [_with(call, knob, value.strip(), f"--sweep {text}") for value in values.split(",")]
-                if call.name == name
-                else [call]
+                [_with(call, knob, value, f"--sweep {text}") for value in values] if call.name == name else [call]
             )
         ]
     return calls

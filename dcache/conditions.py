@@ -65,10 +65,12 @@ def written(plugin: CachePolicy | Unmasker) -> str:
     name = plugin.name or type(plugin).__name__
     fields = type(plugin.config).model_fields
     values = {k: getattr(plugin.config, k) for k in fields}
-    changed = {k: v for k, v in values.items() if v != fields[k].get_default(call_default_factory=True)}
+    if isinstance(plugin, Filter):
+        values["inner"] = written(plugin.inner)
+    usual = {k: field.get_default(call_default_factory=True) for k, field in fields.items()}
+    changed = {k: v for k, v in values.items() if k not in usual or v != usual[k]}
     knobs = ",".join(f"{k}={_value(v)}" for k, v in changed.items())
-    text = f"{name}({knobs})" if knobs else name
-    return f"{text} over {written(plugin.inner)}" if isinstance(plugin, Filter) else text
+    return f"{name}({knobs})" if knobs else name
 
 
 def _value(value: object) -> str:

@@ -254,7 +254,7 @@ def make_policy(policy: str | Call | CachePolicy) -> CachePolicy:
         return policy
     call = parse_call(policy) if isinstance(policy, str) else policy
     entry = plugins().policies.get(call.name)
-    return entry.thing(configure("policy", entry, call.knobs))
+    return entry.thing(config=configure("policy", entry, call.knobs))
 
 
 def make_unmasker(unmasker: str | Call | Unmasker, sampling: Sampling | None = None) -> Unmasker:

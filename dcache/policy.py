@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from dcache.arrays import Bools, Ints
+from dcache.errors import UsageError
 from dcache.models.transformer import ModelSpec
 from dcache.state import Seen, State
 
 if TYPE_CHECKING:
     from dcache.engine.layer import Layer
-    from dcache.engine.network import Network
+    from dcache.engine.network import Network, Weights
     from dcache.unmasking.base import Unmasker
 
 
@@ -118,6 +119,9 @@ class CachePolicy(ABC):
         """Claims of `dcache.testing` that this configuration does not make, by name, each with the reason."""
         return {}
 
+    def prepare(self, weights: Weights) -> None:  # noqa: B027 - few policies make anything of the weights
+        """Host, once per model, before anything is decoded or timed: what follows from the weights alone."""
+
     def begin(self, net: Network, state: State) -> None:  # noqa: B027 - most policies remember nothing
         """Host, once per batch: forget the past, allocate device tensors. Nothing survives between requests."""
 
@@ -145,12 +149,41 @@ class CachePolicy(ABC):
         return None
 
 
-class Filter(CachePolicy):
-    """A policy about visibility wrapped around a policy about rows: both plans pass through `restrict`."""
+class FilterConfig(PolicyConfig):
+    """Knobs of a filter: what it wraps, and those of its own."""
 
-    def __init__(self, inner: CachePolicy, config: PolicyConfig | None = None, **knobs: object):
-        super().__init__(config, **knobs)
-        self.inner = inner
+    inner: str = Field("none", description="the policy that is wrapped, written as everywhere: elastic(gamma=0.95)")
+
+    @field_validator("inner", mode="before")
+    @classmethod
+    def _named_none(cls, value: object) -> object:
+        """``inner=none`` names the policy."""
+        return "none" if value is None else value
+
+
+class Filter(CachePolicy):
+    """A policy about visibility wrapped around a policy about rows: both plans pass through `restrict`.
+
+    Args:
+        inner: the wrapped policy: an instance, or how it is written; None takes the knob ``inner``.
+        config: the knobs; or give them by name.
+    """
+
+    class Config(FilterConfig):
+        """A filter without knobs of its own."""
+
+    def __init__(self, inner: CachePolicy | str | None = None, config: PolicyConfig | None = None, **knobs: object):
+        super().__init__(config, **(knobs if not isinstance(inner, str) else {**knobs, "inner": inner}))
+        self.inner = inner if isinstance(inner, CachePolicy) else self._make_inner()
+
+    def _make_inner(self) -> CachePolicy:
+        from dcache.plugins import make_policy
+
+        assert isinstance(self.config, FilterConfig), "the knobs of a filter that makes its inner policy have `inner`"
+        try:
+            return make_policy(self.config.inner)
+        except UsageError as error:
+            raise UsageError(f"policy {self.name!r}: inner={self.config.inner}: {error}") from None
 
     @abstractmethod
     def restrict(self, state: State, plan: Plan) -> Plan:
@@ -167,6 +200,10 @@ class Filter(CachePolicy):
     def exempt(self) -> Mapping[str, str]:
         """What the inner policy is exempt from."""
         return self.inner.exempt()
+
+    def prepare(self, weights: Weights) -> None:
+        """Prepare the inner policy."""
+        self.inner.prepare(weights)
 
     def begin(self, net: Network, state: State) -> None:
         """Begin the inner policy."""
@@ -186,4 +223,4 @@ class Filter(CachePolicy):
         return None if again is None else self.restrict(state, again)
 
 
-__all__ = ["CachePolicy", "Filter", "Plan", "PolicyConfig", "Seen", "State"]
+__all__ = ["CachePolicy", "Filter", "FilterConfig", "Plan", "PolicyConfig", "Seen", "State"]

@@ -101,10 +101,13 @@ class Block(nn.Module):
         self.gate_up = weight(2 * spec.mlp_size, d)
         self.down = weight(d, spec.mlp_size)
 
-    def slices(self, name: str) -> slice:
-        """Rows of `qkv` that belong to "q", "k" or "v"."""
+    def slices(self, parts: str) -> slice:
+        """Rows of `qkv` that belong to "q", "k", "v", or neighbours of these: "qk", "kv", "qkv"."""
+        if not parts or parts not in "qkv":
+            raise ValueError(f'parts is {parts!r}, expected neighbours among "qkv"')
         q, kv = self.spec.q_width, self.spec.kv_width
-        return {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}[name]
+        begin, end = {"q": 0, "k": q, "v": q + kv}, {"q": q, "k": q + kv, "v": q + 2 * kv}
+        return slice(begin[parts[0]], end[parts[-1]])
 
     def heads(self, x: Tensor) -> Tensor:
         """(batch, rows, heads * head_dim) -> (batch, heads, rows, head_dim)."""
@@ -114,26 +117,23 @@ class Block(nn.Module):
         """Input of the attention projections: (batch, rows, d_model)."""
         return rms_norm(h, self.norm1, self.spec.norm_eps)
 
-    def project(self, y: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys after rotary embedding, and values, of normed rows.
+    def project(self, y: Tensor, cos: Tensor, sin: Tensor, parts: str = "qkv") -> tuple[Tensor, ...]:
+        """Queries and keys after rotary embedding, and values, of normed rows; one matrix product.
 
         Args:
             y: (batch, rows, d_model), from `normed`.
             cos: (batch or 1, 1, rows, head_dim / 2) float32 at the positions of the rows.
             sin: like `cos`.
+            parts: which of them: "qkv", or neighbours among these, such as "kv".
 
         Returns:
-            q (batch, heads, rows, head_dim), k and v (batch, kv_heads, rows, head_dim).
+            in the order of `parts`: q (batch, heads, rows, head_dim), k and v (batch, kv_heads, rows, head_dim).
         """
-        widths = [self.spec.q_width, self.spec.kv_width, self.spec.kv_width]
-        q, k, v = torch.split(linear(y, self.qkv, self.qkv_bias), widths, dim=-1)
-        full = self.spec.rope_full_precision
-        return rotary(self.heads(q), cos, sin, full), rotary(self.heads(k), cos, sin, full), self.heads(v)
-
-    def value(self, y: Tensor) -> Tensor:
-        """Values alone: (batch, kv_heads, rows, head_dim)."""
-        rows = self.slices("v")
-        return self.heads(linear(y, self.qkv[rows], None if self.qkv_bias is None else self.qkv_bias[rows]))
+        rows, full = self.slices(parts), self.spec.rope_full_precision
+        found = linear(y, self.qkv[rows], None if self.qkv_bias is None else self.qkv_bias[rows])
+        widths = [self.spec.q_width if part == "q" else self.spec.kv_width for part in parts]
+        heads = (self.heads(x) for x in torch.split(found, widths, dim=-1))
+        return tuple(x if part == "v" else rotary(x, cos, sin, full) for part, x in zip(parts, heads, strict=True))
 
     def output(self, o: Tensor) -> Tensor:
         """Output projection: heads side by side (batch, rows, heads * head_dim) -> (batch, rows, d_model)."""

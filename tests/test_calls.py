@@ -144,3 +144,18 @@ def test_a_bad_set_or_sweep_is_refused_quoting_it(flags, said):
     with pytest.raises(UsageError) as caught:
         policy_calls("a(x=1),b", **flags)
     assert str(caught.value).startswith(said)
+
+
+def test_a_value_may_be_a_call():
+    call = parse_call("suffix(window=8, inner=elastic(gamma=0.9, window=4))")
+    assert call.knobs == {"window": 8, "inner": "elastic(gamma=0.9,window=4)"}
+    assert parse_call(str(call)) == call
+    assert [str(c) for c in policy_calls("suffix", sweeps=["suffix.inner=elastic(gamma=0.9,window=4),dkv"])] == [
+        "suffix(inner=elastic(gamma=0.9,window=4))",
+        "suffix(inner=dkv)",
+    ]
+
+
+def test_calls_within_each_other_end_somewhere():
+    with pytest.raises(UsageError, match="more than 16 calls"):
+        parse_call("a(b=" * 2000 + "1" + ")" * 2000)

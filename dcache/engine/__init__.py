@@ -2,6 +2,6 @@
 
 from dcache.engine.engine import Engine
 from dcache.engine.layer import Layer
-from dcache.engine.network import Network
+from dcache.engine.network import Network, Weights
 
-__all__ = ["Engine", "Layer", "Network"]
+__all__ = ["Engine", "Layer", "Network", "Weights"]

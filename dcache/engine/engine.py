@@ -19,7 +19,7 @@ from dcache.arrays import Bools, Ints
 from dcache.engine.checks import Checks
 from dcache.engine.inputs import Inputs
 from dcache.engine.layer import Boards, Books, Layer, Pass
-from dcache.engine.network import Network, Stores
+from dcache.engine.network import Network, Stores, Weights
 from dcache.engine.packet import Packet, fields_of
 from dcache.errors import NumericsError, PolicyError, UnmaskerError, UsageError
 from dcache.kernels.rows import put, take
@@ -108,6 +108,8 @@ class Engine:
         self.executor, self.maps, self.debug = executor or Eager(), maps, debug
         self._shape: tuple[int, int] | None = None
         self._inspect = False
+        with torch.inference_mode():
+            policy.prepare(Weights(model))
 
     @property
     def label(self) -> str:

@@ -241,23 +241,31 @@ class Layer:
         """Input of the attention projections."""
         return self._block.normed(h)
 
-    def project(self, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (batch, heads, n, head_dim), k and v (batch, kv_heads, n, head_dim) of layer inputs; q and k rotated."""
-        return self._block.project(self._block.normed(h), *self._model.angles(rows))
+    def project(self, rows: Tensor, h: Tensor, parts: str = "qkv") -> tuple[Tensor, ...]:
+        """q (batch, heads, n, head_dim), k and v (batch, kv_heads, n, head_dim) of layer inputs; q and k rotated.
 
-    def value(self, h: Tensor) -> Tensor:
-        """v alone: (batch, kv_heads, n, head_dim)."""
-        return self._block.value(self._block.normed(h))
+        Args:
+            rows: (batch, n).
+            h: (batch, n, d_model), input of the layer.
+            parts: which of the three, in their order and side by side: "qkv", "kv", "q", ...
+        """
+        return self._block.project(self._block.normed(h), *self._model.angles(rows), parts)
 
     def rope(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate heads (batch, heads, n, head_dim) by `positions` (batch, n)."""
         return rotary(x, *self._model.angles(positions), self.spec.rope_full_precision)
 
-    def write(self, rows: Tensor, k: Tensor, v: Tensor) -> None:
-        """Overwrite K and V at `rows`; counts them as projected."""
-        self._count("kv_rows", rows)
-        put(self.stores["K"], rows, k, self._lanes)
-        put(self.stores["V"], rows, v, self._lanes)
+    def write(self, rows: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> None:
+        """Overwrite K and V at `rows`, or one of them; counts as projected the rows whose V is given.
+
+        A layer that writes more values than keys writes the values first. Keys alone are not counted, since their
+        rows were, with their values.
+        """
+        if v is not None:
+            self._count("kv_rows", rows)
+            put(self.stores["V"], rows, v, self._lanes)
+        if k is not None:
+            put(self.stores["K"], rows, k, self._lanes)
 
     def output(self, o: Tensor) -> Tensor:
         """Output projection: (batch, n, heads * head_dim) -> (batch, n, d_model)."""

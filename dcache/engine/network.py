@@ -51,24 +51,44 @@ class Stores:
         return {name: sum(x.numel() * x.element_size() for x in layers) for name, layers in self.tensors.items()}
 
 
-class Network:
-    """What a policy may reach in `CachePolicy.begin`: sizes, weights, layers, device.
+class Weights:
+    """What a policy may reach in `CachePolicy.prepare`: sizes and weights of the model.
 
     Attributes:
         spec: sizes and ids of the model.
         device: where everything lives.
         dtype: of weights, stores and hidden states.
+    """
+
+    def __init__(self, model: Transformer):
+        self.spec: ModelSpec = model.spec
+        self.device, self.dtype = model.device, model.dtype
+        self._model = model
+
+    def weight(self, layer: int, name: str) -> Tensor:
+        """One weight matrix of a layer: "q", "k", "v" (heads * head_dim, d_model), "out", "gate", "up", "down"."""
+        block = self._model.layers[layer]
+        assert isinstance(block, Block)
+        if name in ("q", "k", "v"):
+            return block.qkv[block.slices(name)]
+        if name in ("gate", "up"):
+            return block.gate_up.chunk(2)[name == "up"]
+        return {"out": block.out, "down": block.down}[name]
+
+
+class Network(Weights):
+    """What a policy may reach in `CachePolicy.begin`: the weights, and the stores of a batch.
+
+    Attributes:
         batch: sequences of this batch.
         slots: width of the canvas; also the dump slot.
         layers: one `Layer` per transformer layer.
     """
 
     def __init__(self, model: Transformer, layers: list[Layer], batch: int, slots: int):
-        self.spec: ModelSpec = model.spec
-        self.device, self.dtype = model.device, model.dtype
+        super().__init__(model)
         self.batch, self.slots = batch, slots
         self.layers = layers
-        self._model = model
         self._buffers: dict[str, Tensor] = {}
         self._preloaded: Callable[[Bools], None] = lambda rows: None
 
@@ -100,13 +120,3 @@ class Network:
         put(self.layers[layer].stores["V"], where, v)
         if layer == self.spec.n_layers - 1:
             self._preloaded(rows)
-
-    def weight(self, layer: int, name: str) -> Tensor:
-        """One weight matrix of a layer: "q", "k", "v" (heads * head_dim, d_model), "out", "gate", "up", "down"."""
-        block = self._model.layers[layer]
-        assert isinstance(block, Block)
-        if name in ("q", "k", "v"):
-            return block.qkv[block.slices(name)]
-        if name in ("gate", "up"):
-            return block.gate_up.chunk(2)[name == "up"]
-        return {"out": block.out, "down": block.down}[name]
