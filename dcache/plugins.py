@@ -40,6 +40,7 @@ class BuiltIns:
         """Cache policies."""
         from dcache.policies.d2 import D2Cache
         from dcache.policies.dkv import DKVCache
+        from dcache.policies.dllm_cache import DLLMCache
         from dcache.policies.elastic import ElasticCache
         from dcache.policies.fast_dllm import FastDLLM
         from dcache.policies.none import NoCache
@@ -49,6 +50,7 @@ class BuiltIns:
         register("dkv", DKVCache)
         register("fast-dllm", FastDLLM)
         register("d2", D2Cache)
+        register("dllm-cache", DLLMCache)
 
     @hookimpl
     def register_unmaskers(self, register: Register) -> None:

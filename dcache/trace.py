@@ -23,7 +23,7 @@ class Step:
     Attributes:
         step: (batch,) int64 number of the step in each sequence, from 0.
         active: (batch,) bool: sequences that took part.
-        refresh: (batch,) bool: every row of the sequence was computed in at least one layer.
+        refresh: (batch,) bool: every row of the sequence was computed in the last layer, and so in all from some on.
         kind: of the plan.
         rows: (batch, slots) bool rows of the plan that were computed.
         again: (batch, slots) bool rows of the second pass; None without one.
@@ -68,7 +68,7 @@ class Step:
         return Step(
             step=state.step,
             active=state.active,
-            refresh=state.active & (computed | ~part).all(1),
+            refresh=state.active & (computed | ~part).all(1) & (engine.count.rows[-1] >= part.sum(1)),
             kind=plan.kind,
             rows=plan.row_mask & part,
             again=None if again is None else again.row_mask & part,
@@ -126,7 +126,7 @@ class Trace:
 
     @property
     def refreshes(self) -> int:
-        """Steps that computed every row in at least one layer."""
+        """Steps that computed every row in the last layer."""
         return sum(bool(s.refresh[self.index]) for s in self.steps)
 
     @property
