@@ -80,7 +80,7 @@ class Watch:
         self._reads, self._attention = HostReads(), Attention()
         self._layer = run.policy.layer
         self._at: Layer | None = None
-        self._here: list[tuple[str, Tensor]] = []  # "K" or "V", and rows written in the layer that runs
+        self._here: list[Tensor] = []  # rows written in the layer that runs
         self._counted: dict[str, np.ndarray] = {}
         self._mapped: dict[str, np.ndarray] = {}
 
@@ -129,14 +129,9 @@ class Watch:
             finally:
                 self._attention.counted = False
 
-        def writing(at: Layer, rows: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> None:
-            if v is not None:
-                self._mark("kv_rows", at, self._count("kv_rows", at, rows))
-            for name, given in (("K", k), ("V", v)):
-                if given is not None:
-                    self._here.append((name, rows))
-                    for b, mine in _real(at, rows):
-                        self._written[name][at.index, b, mine] = True
+        def writing(at: Layer, rows: Tensor, k: Tensor, v: Tensor) -> None:
+            self._mark("kv_rows", at, self._count("kv_rows", at, rows))
+            self._here.append(rows)
             write(at, rows, k, v)
 
         def shadowing(at: Layer, rows: Tensor, h: Tensor) -> Tensor:
@@ -184,7 +179,7 @@ class Watch:
     def _pass(self, plan: Plan, call: Callable[[], Any]) -> Any:
         engine, state = self.run.engine, self.run.state
         before = {name: [x.clone() for x in engine.stores.tensors[name]] for name in "KV"}
-        self._written = {name: np.zeros(self._shape, dtype=bool) for name in "KV"}
+        self._written = np.zeros(self._shape, dtype=bool)
         self.downloads = 0
         seen = call()
         if self.downloads != 1:
@@ -201,11 +196,10 @@ class Watch:
         slots = self.run.state.slots
         bits = old[:, :, :slots].view(torch.int32) != new[:, :, :slots].view(torch.int32)
         moved = bits.any(-1).any(1).numpy()  # (batch, slots)
-        written = self._written[name][index]
-        self.kept += int((self.run.state.valid & self.run.state.active[:, None] & ~written).sum())
+        self.kept += int((self.run.state.valid & self.run.state.active[:, None] & ~self._written[index]).sum())
         for claim, allowed, why in (
             ("kept", rows, "although the plan does not compute the row"),
-            ("fresh", written, "although the layer did not write the row with at.write"),
+            ("fresh", self._written[index], "although the layer did not write the row with at.write"),
         ):
             for b, p in np.argwhere(moved & ~allowed)[:1]:
                 self.note(
@@ -245,12 +239,12 @@ class Watch:
             )
         inputs = torch.full((h.shape[0], at.dump + 1, h.shape[-1]), float("nan"), dtype=h.dtype)
         put(inputs, rows, h)
-        for name, written in self._here:
-            self._projected(at, name, written, inputs)
+        for written in self._here:
+            self._projected(at, written, inputs)
         return stream
 
-    def _projected(self, at: Layer, name: str, rows: Tensor, inputs: Tensor) -> None:
-        """K or V in the store against a projection of the layer's input by the model itself."""
+    def _projected(self, at: Layer, rows: Tensor, inputs: Tensor) -> None:
+        """K and V in the store against a projection of the layer's input by the model itself."""
         h = take(inputs, rows)
         if "H" in at.stores:
             h = torch.where(h.isnan(), at.stored("H", rows), h)
