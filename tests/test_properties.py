@@ -35,6 +35,14 @@ BUILT_INS: dict[str, Mapping[str, Any]] = {
     "fast-dllm(mode=prefix)": {"exact": Exact("fast-dllm(mode=prefix)", **ONE_LAYER)},
     "d2(current_k=3,inflate_w=2)": {"exact": ["d2(refresh=always)", Exact("d2(current_k=12)", n_layers=1)]},
     "d2(current_k=5,rollout_p=0.3,confidence=latest,search=blocks,nucleus=above)": {},
+    "dllm-cache(prompt_interval=3,gen_interval=4)": {
+        "exact": [
+            "dllm-cache(prompt_interval=1,gen_interval=1)",
+            "dllm-cache(prompt_interval=1,transfer_ratio=1)",
+            Exact("dllm-cache", n_layers=1),
+        ]
+    },
+    "dllm-cache(prompt_interval=4,gen_interval=9,transfer_ratio=0.6,first_layer=scheduled)": {},
 }
 EXAMPLES = 6
 
