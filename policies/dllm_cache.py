@@ -15,9 +15,9 @@ v-verify                      `_changed`: lowest cosine of the new value and the
 ============================  ==========================================================================
 
 Departures: the released code counts forward calls per layer in a process-wide object; here every sequence has its own
-step. It runs a whole prompt refresh at layer 0 in every step, which the paper does not say; that is the default, and
-``first_layer=scheduled`` is the paper. Values that differ by rounding alone count as equal, and ties go to the lowest
-position, where the released order is arbitrary. Cosines are taken in float32. Keys are stored after rotary embedding.
+step. Its layer 0 computes every row in every step, which the paper does not say; that is the default here, and
+``first_layer=scheduled`` treats layer 0 like the others. Values that differ by rounding alone count as equal, and ties go
+to the lowest position, where the released order is arbitrary. Cosines are taken in float32. Keys are stored rotated.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class DLLMCache(CachePolicy):
         """Replace the values of all rows that are due or compared; returns the rows to compute (batch, due + bound).
 
         These are the rows that are due, and of each sequence the ``count`` compared ones with the lowest cosine of the
-        new value and that of the step before, over all kv heads together (section 3.3).
+        new value and that of the step before, over all kv heads together.
         """
         due, where, bound = at.sets["due"], at.sets["values"], at.kind
         assert isinstance(bound, int)
@@ -116,7 +116,8 @@ class DLLMCache(CachePolicy):
         at.write(where, v=v)
         if not bound:
             return due
-        similarity = cosine_similarity(*(x.transpose(1, 2).flatten(2).float() for x in (v, past)), dim=-1)
+        now, then = (x.transpose(1, 2).flatten(2).float() for x in (v, past))  # (batch, values, kv_heads * head_dim)
+        similarity = cosine_similarity(now, then, dim=-1)
         compared = at.flags["compared"].gather(1, where)
         score = similarity.clamp_max(UNCHANGED).masked_fill(~compared, torch.inf)  # (batch, values)
         index, real = lowest(score, at.flags["count"], bound)

@@ -12,7 +12,7 @@ from dcache import CachePolicy, State
 from dcache.decode import decode
 from dcache.engine import Engine
 from dcache.models.transformer import Transformer
-from dcache.plugins import make_policy, plugins
+from dcache.plugins import plugins
 from dcache.policies.dllm_cache import UNCHANGED, DLLMCache
 from dcache.testing import Canvas
 from dcache.testing.golden.base import Watched
@@ -260,7 +260,7 @@ def test_sequences_of_a_batch_may_be_at_different_steps(seed: int) -> None:
 
 @pytest.mark.skipif("spa" not in plugins().policies.entries, reason="policy spa is not installed")
 def test_a_response_refreshed_in_every_step_is_spa_with_that_refresh() -> None:
-    """SPA-Cache whose generation is refreshed in every step caches the prompt alone, as this does; without a shift."""
-    canvas = Canvas(lengths=((7, 12),), n_layers=4)
-    assert make_policy("spa") is not None
-    same_runs("spa(refresh=5,refresh_gen=1)", dllm(5, 1, 0.25), canvas)
+    """SPA-Cache whose generation is refreshed in every step caches the prompt alone, as this does, without a shift."""
+    for seed in range(3):
+        canvas = Canvas(seed=seed, lengths=((7, 12), (4, 8)), n_layers=4)
+        same_runs("spa(interval=5,gen_interval=1)", dllm(5, 1, 0.25), canvas)
