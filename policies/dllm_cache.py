@@ -16,8 +16,8 @@ v-verify                      `_changed`: lowest cosine of the new value and the
 
 Departures: the released code counts forward calls per layer in a process-wide object; here every sequence has its own
 step. Its layer 0 computes every row in every step, which the paper does not say; that is the default here, and
-``first_layer=scheduled`` treats layer 0 like the others. Values that differ by rounding alone count as equal, and ties go
-to the lowest position, where the released order is arbitrary. Cosines are taken in float32. Keys are stored rotated.
+``first_layer=scheduled`` treats layer 0 like the others. Values that differ by rounding alone count as equal, and ties
+go to the lowest position, where the released order is arbitrary. Cosines are taken in float32. Keys are stored rotated.
 """
 
 from __future__ import annotations
