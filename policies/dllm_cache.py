@@ -60,7 +60,7 @@ class DLLMCache(CachePolicy):
             "always", description="layer 0: refreshed at every step, as released, or like the others"
         )
 
-    paper = "dLLM-Cache: Accelerating Diffusion Large Language Models with Adaptive Caching, arXiv 2506.06295"
+    paper = "dLLM-Cache: Accelerating Diffusion Large Language Models, arXiv 2506.06295"
     pairs_with = "low-confidence"
     exact = "prompt_interval=1,gen_interval=1"
     config: Config
