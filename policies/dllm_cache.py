@@ -43,7 +43,7 @@ UNCHANGED = 1 - 1e-6  # a cosine in float32 above this is 1 but for rounding
 
 
 class DLLMCache(CachePolicy):
-    """Refresh intervals for prompt and response, and partial updates by value similarity between them."""
+    """Intervals for prompt and response; between them, the rows whose values moved most."""
 
     class Config(PolicyConfig):
         """Knobs of `DLLMCache`; defaults of the released demo for LLaDA."""
