@@ -206,7 +206,7 @@ class WritesTheKeysOfAnotherSequence(Writes):
         at.write(rows, k.roll(1, 0), v)
 
 
-@found_by(FRESH, "did not write the row with at.write")
+@found_by(FRESH, "did not write [KV] of the row with at.write")
 class WritesPastTheBooks(Writes):
     def write(self, at: Layer, rows: Tensor, k: Tensor, v: Tensor) -> None:
         at.store("K", rows, k)
