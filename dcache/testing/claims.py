@@ -419,12 +419,11 @@ def same_bits(found: np.ndarray, expected: np.ndarray, place: str, told: str) ->
 @claim(share=0.5, needs=lambda s: None if isinstance(policy_of(s.policy), Filter) else "it wraps no other policy")
 def a_filter_keeps_what_its_inner_policy_says(subject: Subject, canvas: Canvas) -> None:
     """The inner policy is prepared, begun, asked, run and reviewed as if alone; what it hides stays hidden."""
-    policy = policy_of(subject.policy)
-    assert isinstance(policy, Filter)
-    heard = Inner(policy)
-    heard.decode(canvas)
-    heard.ask(canvas)
-    no_faults(heard.faults)
+    for check in (Inner.ask, Inner.decode):
+        policy = policy_of(subject.policy)
+        assert isinstance(policy, Filter)
+        check(heard := Inner(policy), canvas)
+        no_faults(heard.faults)
 
 
 # -- with whom --------------------------------------------------------------------------------------------------------
