@@ -118,5 +118,5 @@ def lost_in(inner: Plan, outer: Plan) -> Iterator[str]:
 
 def by_layer(visible: np.ndarray | Tensor) -> np.ndarray:
     """`Plan.visible` as (layers or 1, batch, heads or 1, slots)."""
-    array = np.asarray(visible)
+    array = visible.numpy() if isinstance(visible, Tensor) else visible
     return array[None, :, None] if array.ndim == 2 else array

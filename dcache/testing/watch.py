@@ -125,7 +125,7 @@ class Watch:
         finally:
             for owner, names in ((engine, ("run", "rerun")), (policy, ("plan", "review", "layer"))):
                 for name in names:
-                    vars(owner).pop(name)
+                    vars(owner).pop(name, None)  # the engine, naming a layer, takes the hook away too
         return self
 
     @contextmanager

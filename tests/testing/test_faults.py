@@ -438,10 +438,10 @@ class ReplaysTheAttentionOnly(Chosen):
 
 
 @found_by("padding_of_row_lists_changes_nothing", "without padding")
-class StoresPaddingInTheFirstSlot(Chosen):
+class StoresPaddingInTheLastSlot(Chosen):
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         out = super().layer(at, rows, h)
-        at.store("C", torch.where(rows == at.dump, 0, rows), out[1] - h - at.stored("F", rows))
+        at.store("C", rows.clamp_max(at.dump - 1), out[1] - h - at.stored("F", rows))
         return rows, h + at.stored("C", rows) + at.stored("F", rows)
 
 
@@ -455,7 +455,7 @@ class ForgetsTheFirstPass(Chosen):
         return replace(made, kind=3, flags={**made.flags, "count": count})
 
 
-@found_by(REPLAY, "eager run")
+@found_by(REPLAY, "eager run|NumericsError")
 class FreezesItsBudget(Chosen):
     """It is in no kind and no flag."""
 
@@ -526,16 +526,16 @@ class Hides(Filter):
         self.shown = net.buffer("shown", (net.spec.n_layers, net.batch, 1, net.slots), torch.bool)
 
     def restrict(self, state: State, plan: Plan) -> Plan:
-        self.shown[:, torch.from_numpy(state.block_step == 0)] = True  # outside a pass
-        flags = {**plan.flags, "scoring": state.block_step == 1, "there": state.valid.sum(1)}
-        return replace(plan, visible=self.shown, flags=flags)
+        opens = state.block_step == 0
+        flags = {**plan.flags, "opens": opens, "scoring": state.block_step == 1, "there": state.valid.sum(1)}
+        return replace(plan, visible=self.shown | torch.from_numpy(opens)[:, None, None], flags=flags)
 
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         out = self.inner.layer(at, rows, h)
         kept = self.kept(at, at.received(at.q, (rows < at.dump).float())[:, :-1])
         shown = self.shown[at.index]
-        scoring = at.flags["scoring"][:, None, None]
-        shown.index_copy_(0, at.lanes, torch.where(scoring, kept[:, None], shown[at.lanes]))
+        now = torch.where(at.flags["scoring"][:, None, None], kept[:, None], shown[at.lanes])
+        shown.index_copy_(0, at.lanes, now | at.flags["opens"][:, None, None])
         return out
 
     def kept(self, at: Layer, score: Tensor) -> Tensor:
@@ -580,8 +580,7 @@ class NeverShowsAgain(Hides):
             self.shown = torch.ones(net.spec.n_layers, net.batch, 1, net.slots, dtype=torch.bool)
 
     def restrict(self, state: State, plan: Plan) -> Plan:
-        flags = {**plan.flags, "scoring": state.block_step == 1, "there": state.valid.sum(1)}
-        return replace(plan, visible=self.shown, flags=flags)
+        return replace(super().restrict(state, plan), visible=self.shown)
 
 
 # -- around another policy --------------------------------------------------------------------------------------------
@@ -618,7 +617,7 @@ class ClaimsWhatItsInnerDoesNot(ShowsAll):
         return {}
 
 
-@found_by(KEEPS, "a filter adds what it branches on to Plan.marks|kind 'full'")
+@found_by(KEEPS, "plan of the inner policy returned kind '.*', which the filter does not hand on")
 class OverwritesTheKind(ShowsAll):
     def restrict(self, state: State, plan: Plan) -> Plan:
         return replace(plan, kind="mine")
