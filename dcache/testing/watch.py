@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from dcache.engine.layer import Layer
-from dcache.engine.network import Network
 from dcache.engine.packet import Packet
 from dcache.errors import NumericsError
 from dcache.kernels.rows import put, take
@@ -86,7 +85,6 @@ class Watch:
         self._layer = run.policy.layer
         self._here: list[tuple[str, Tensor]] = []  # stores and rows written in the layer that runs
         self._written: dict[str, np.ndarray] = {}  # in this pass, by store
-        self._ever = self._blank()
         self._counted: dict[str, np.ndarray] = {}
         self._mapped: dict[str, np.ndarray] = {}
 
@@ -133,7 +131,7 @@ class Watch:
         """Count at the doors of the engine's classes."""
         originals = {name: getattr(Layer, name) for name in ("attend", "write", "shadow")}
         attend, write, shadow = originals.values()
-        download, preload = Packet.download, Network.preload
+        download = Packet.download
 
         def attending(at: Layer, rows: Tensor, q: Tensor) -> Tensor:
             _mark(self._mapped["rows"], at, self._count("rows", at, rows))
@@ -150,14 +148,8 @@ class Watch:
                 _mark(self._mapped["kv_rows"], at, real)
             for name in [name for name, x in (("K", k), ("V", v)) if x is not None]:
                 _mark(self._written[name], at, real)
-                _mark(self._ever[name], at, real)
                 self._here.append((name, rows))
             write(at, rows, k, v)
-
-        def preloading(net: Network, layer: int, rows: np.ndarray, k: Tensor, v: Tensor) -> None:
-            for ever in self._ever.values():
-                ever[layer] |= rows
-            preload(net, layer, rows, k, v)
 
         def shadowing(at: Layer, rows: Tensor, h: Tensor) -> Tensor:
             for name in ("rows", "kv_rows"):  # shadows have keys of their own, which no store keeps
@@ -173,13 +165,11 @@ class Watch:
             for name, hook in hooks.items():
                 setattr(Layer, name, hook)
             setattr(Packet, "download", downloading)  # noqa: B010 - a method, as mypy sees it
-            setattr(Network, "preload", preloading)  # noqa: B010
             yield
         finally:
             for name, original in originals.items():
                 setattr(Layer, name, original)
             setattr(Packet, "download", download)  # noqa: B010
-            setattr(Network, "preload", preload)  # noqa: B010
 
     def _on_host(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any) -> Any:
@@ -286,11 +276,12 @@ class Watch:
         return stream
 
     def _sees(self, at: Layer) -> None:
-        """Every key that a live sequence may attend to has been written in this layer, and so has its value."""
-        lanes = at.lanes.numpy()
+        """Every key that a live sequence attends to is there, and so is its value: what nobody wrote is NaN."""
+        lanes, live = at.lanes.numpy(), at.live.numpy()[:, None]
         shown = self.run.state.valid[lanes] if at.visible is None else at.visible.any(1).numpy()  # (lanes, slots)
-        for name, ever in self._ever.items():
-            for lane, p in np.argwhere(shown & ~ever[at.index, lanes] & at.live.numpy()[:, None])[:1]:
+        for name in "KV":
+            blank = at.stores[name][:, :, : at.dump].isnan().any(-1).any(1).numpy()[lanes]
+            for lane, p in np.argwhere(shown & blank & live)[:1]:
                 self.note(
                     "visible",
                     f"{self._step_text}, sequence {lanes[lane]}, position {p}: layer {at.index} attends to it, but "
