@@ -41,14 +41,20 @@ class BuiltIns:
         from dcache.policies.d2 import D2Cache
         from dcache.policies.dkv import DKVCache
         from dcache.policies.elastic import ElasticCache
+        from dcache.policies.es_dllm import ESDLLM
         from dcache.policies.fast_dllm import FastDLLM
+        from dcache.policies.freecache import FreeCache
         from dcache.policies.none import NoCache
+        from dcache.policies.suffix import Suffix
 
         register("none", NoCache)
         register("elastic", ElasticCache)
         register("dkv", DKVCache)
         register("fast-dllm", FastDLLM)
         register("d2", D2Cache)
+        register("freecache", FreeCache)
+        register("suffix", Suffix)
+        register("es-dllm", ESDLLM)
 
     @hookimpl
     def register_unmaskers(self, register: Register) -> None:
