@@ -1,7 +1,7 @@
 """ES-dLLM: within a block, rows that neither changed nor are about to be decoded stop early, after a few layers.
 
-"ES-dLLM", arXiv 2603.10088. It sits on top of dual caching: the first pass of a block computes all rows, those after it
-the block. At two designated layers the better share of the rows goes on; the others stop: nothing deeper is computed for
+"ES-dLLM", arXiv 2603.10088. On top of dual caching, the first pass of a block computes all rows, those after it the block.
+At two designated layers the better share of the rows goes on; the others stop: nothing deeper is computed for
 them, their old K and V stay, they have no logits.
 
 =============================  =======================================================================
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dcache.unmasking.base import Unmasker
 
 TINY = 1e-12  # of a norm
+NOISE = 1e-5  # a change below it is float32 rounding, which depends on the batch; as none it is a tie, which goes left
 ROUNDS = 1e-9  # a share of 0.7 of 10 rows is 7 rows, not 8
 
 
@@ -126,7 +127,9 @@ class ESDLLM(CachePolicy):
     def importance(self, c: Tensor, now: Tensor, before: Tensor) -> Tensor:
         """``I``, (batch, n) float32, of confidences (batch, n) and layer inputs (batch, n, d_model)."""
         now, before = now.float(), before.float()
-        moved = (now - before).abs().sum(-1) / (before.norm(dim=-1).clamp_min(TINY) * now.shape[-1] ** 0.5)
+        norm = torch.linalg.vector_norm(before, dim=-1).clamp_min(TINY)
+        moved = (now - before).abs().sum(-1) / (norm * now.shape[-1] ** 0.5)
+        moved = moved.masked_fill(moved < NOISE, 0.0)
         return self.config.alpha * c.float() + (1 - self.config.alpha) * moved
 
     def _survivors(self, at: Layer, rows: Tensor, importance: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ class Suffix(Filter):
         own = set(self.inner.stores(spec)) - {"H", "Q"}
         if own:
             return (
-                f"{self.inner.name} replays outputs of rows that it does not compute (stores {', '.join(sorted(own))}), "
-                "and a row that was hidden has none; wrap a policy that computes the rows of its plans"
+                f"{self.inner.name} replays outputs of rows that it does not compute (stores {', '.join(sorted(own))}),"
+                " and a row that was hidden has none; wrap a policy that computes the rows of its plans"
             )
         return super().refuses(spec, unmasker)
 

@@ -36,7 +36,11 @@ BUILT_INS: dict[str, Mapping[str, Any]] = {
     "d2(current_k=3,inflate_w=2)": {"exact": ["d2(refresh=always)", Exact("d2(current_k=12)", n_layers=1)]},
     "d2(current_k=5,rollout_p=0.3,confidence=latest,search=blocks,nucleus=above)": {},
     "freecache(block_length=4)": {
-        "exact": ["freecache(refresh_every=1)", Exact("freecache(freeze_prompt=false)"), Exact("freecache", **ONE_LAYER)]
+        "exact": [
+            "freecache(refresh_every=1)",
+            Exact("freecache(freeze_prompt=false)"),
+            Exact("freecache", **ONE_LAYER),
+        ]
     },
     "freecache(block_length=none,freeze_delay=2,refresh_every=5)": {},
     "suffix(window=2)": {"equals": [("suffix(window=12)", "fast-dllm(mode=prefix)")]},

@@ -1,9 +1,10 @@
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import dcache
@@ -63,7 +64,9 @@ def assert_same_commits(a: Run, b: Run) -> None:
 def test_without_a_skip_it_is_the_dual_cache(canvas: dict[str, Any], empty: dict[str, Any]) -> None:
     run, dual = (decoded(canvas, policy) for policy in (ESDLLM(**empty), FastDLLM()))
     assert_same_commits(run, dual)
-    assert [layer_rows(run, b) for b in range(run.state.batch)] == [layer_rows(dual, b) for b in range(dual.state.batch)]
+    assert [layer_rows(run, b) for b in range(run.state.batch)] == [
+        layer_rows(dual, b) for b in range(dual.state.batch)
+    ]
 
 
 @given(canvas=canvases)
@@ -82,6 +85,7 @@ class Literal:
         self.tokens, self.start, self.block = prompt + [MASK] * gen, len(prompt), block
         self.keys: list[Any] = [None] * model.spec.n_layers
         self.inputs: dict[int, dict[int, torch.Tensor]] = {}
+        self.fragile = False  # a choice hung on rounding
         self.told: dict[int, float] = {}  # position to confidence of the previous step
         self.rows: list[list[list[int]]] = []
         self.commits: list[dict[int, int]] = []
@@ -134,7 +138,8 @@ class Literal:
 
     @staticmethod
     def moved(now: torch.Tensor, before: torch.Tensor) -> float:
-        return float((now - before).abs().sum() / (len(now) ** 0.5 * before.norm()))
+        change = float((now - before).abs().sum() / (len(now) ** 0.5 * before.norm()))
+        return 0.0 if change < 1e-5 else change  # rounding
 
     def survivors(self, rows: list[int], moved: dict[int, float], needed: set[int], shift: int) -> list[int]:
         alpha = self.config.alpha
@@ -143,6 +148,8 @@ class Literal:
         count = -int(-(len(rows) * self.config.share - 1e-9) // 1)
         ranked = sorted(rows, key=lambda r: (-importance[r], r))
         on = ranked[:count]
+        margin = importance[ranked[count - 1]] - importance[ranked[count]] if count < len(rows) else 1.0
+        self.fragile |= 0 < margin < 1e-5
         if not needed & set(on):
             on = [*ranked[: count - 1], min(needed & set(rows), key=lambda r: (-sure[r], r))]
         return sorted(on)
@@ -161,6 +168,7 @@ def test_rows_and_commits_are_those_of_the_formulas(
     run = decoded(canvas, policy)
     literal = Literal(Canvas(**canvas).model, Canvas(**canvas).state().tokens[0, :prompt].tolist(), gen, width, policy)
     literal.go()
+    assume(not literal.fragile)
     assert layer_rows(run) == literal.rows
     assert run.commits() == literal.commits
 
@@ -170,7 +178,7 @@ def test_halves_and_quarters() -> None:
     rows = layer_rows(decoded({"lengths": [(5, 16)], "block_length": 8, "n_layers": 5}, ESDLLM(first=1, second=2)))
     for n, layers in enumerate(rows):
         assert [len(layer) for layer in layers] == ([21] * 5 if n % 8 == 0 else [8, 8, 4, 2, 2])
-        assert all(set(above) <= set(below) for below, above in zip(layers, layers[1:], strict=False))
+        assert all(set(above) <= set(below) for below, above in pairwise(layers))
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(32, [4, 8]), (28, [3, 7]), (4, [0, 1]), (3, [0])])

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -42,7 +43,12 @@ def test_rows_of_a_short_run() -> None:
     everything = [0, 1, 2, 3, 4, 5, 6]
     # step 2 is the first that starts with block 1 complete: its last pass, with the final tokens
     assert decoded(canvas, FreeCache(block_length=2)).rows() == [everything, [3, 4, 5, 6], [3, 4, 5, 6], [5, 6]]
-    assert decoded(canvas, FreeCache(block_length=2, freeze_delay=0)).rows() == [everything, [3, 4, 5, 6], [5, 6], [5, 6]]
+    assert decoded(canvas, FreeCache(block_length=2, freeze_delay=0)).rows() == [
+        everything,
+        [3, 4, 5, 6],
+        [5, 6],
+        [5, 6],
+    ]
     assert decoded(canvas, FreeCache(block_length=None)).rows() == [everything, [3, 4, 5, 6], [3, 4, 5, 6], [5, 6]]
     assert decoded(canvas, FreeCache()).rows() == [everything] + [[3, 4, 5, 6]] * 3
     unfrozen = decoded(canvas, FreeCache(block_length=2, freeze_prompt=False)).rows()
@@ -105,7 +111,7 @@ def test_rows_put_back_thaw_their_block(canvas: dict[str, Any], own: int | None,
     assert not run.state.masked.any()
     for b in range(run.state.batch):
         steps = list(run.steps(b))
-        for step, following in zip(steps, steps[1:], strict=False):
+        for step, following in pairwise(steps):
             assert not (step.remask[b] & ~following.rows[b]).any()
 
 
