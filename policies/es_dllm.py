@@ -1,7 +1,7 @@
 """ES-dLLM: within a block, rows that neither changed nor are about to be decoded stop early, after a few layers.
 
-"ES-dLLM", arXiv 2603.10088. On top of dual caching, the first pass of a block computes all rows, those after it the block.
-At two designated layers the better share of the rows goes on; the others stop: nothing deeper is computed for
+"ES-dLLM", arXiv 2603.10088. On top of dual caching: the first pass of a block computes all rows, those after it the
+block. At two designated layers the better share of the rows goes on; the others stop: nothing deeper is computed for
 them, their old K and V stay, they have no logits.
 
 =============================  =======================================================================
@@ -12,8 +12,8 @@ layers ``L/8``, ``L/4``        ``first``, ``second``: they run for all that reac
 ratio                          ``share``, rounded up
 =============================  =======================================================================
 
-Decided here, where the paper is open: only rows that reached the last layer may commit. If none that predicts a position
-of the unmasker's window would go on, the most confident of them takes the place of the worst that would (ties left).
+Decided here, where the paper is open: only rows that reached the last layer may commit. If none that predicts a
+position of the unmasker's window would go on, the most confident of them takes the place of the worst that would.
 The share is of the rows that reach the layer. Decisions are per sequence: one in its full pass drops nothing, whatever
 the others do. An order drawn beforehand may ask for any row, so it is refused.
 """
