@@ -127,8 +127,8 @@ class ESDLLM(CachePolicy):
     def importance(self, c: Tensor, now: Tensor, before: Tensor) -> Tensor:
         """``I``, (batch, n) float32, of confidences (batch, n) and layer inputs (batch, n, d_model)."""
         now, before = now.float(), before.float()
-        norm = torch.linalg.vector_norm(before, dim=-1).clamp_min(TINY)
-        moved = (now - before).abs().sum(-1) / (norm * now.shape[-1] ** 0.5)
+        norm: Tensor = torch.linalg.vector_norm(before, dim=-1).clamp_min(TINY)
+        moved: Tensor = (now - before).abs().sum(-1) / (norm * now.shape[-1] ** 0.5)
         moved = moved.masked_fill(moved < NOISE, 0.0)
         return self.config.alpha * c.float() + (1 - self.config.alpha) * moved
 
