@@ -42,8 +42,11 @@ class BuiltIns:
         from dcache.policies.dkv import DKVCache
         from dcache.policies.dllm_cache import DLLMCache
         from dcache.policies.elastic import ElasticCache
+        from dcache.policies.es_dllm import ESDLLM
         from dcache.policies.fast_dllm import FastDLLM
+        from dcache.policies.freecache import FreeCache
         from dcache.policies.none import NoCache
+        from dcache.policies.suffix import Suffix
 
         register("none", NoCache)
         register("elastic", ElasticCache)
@@ -51,6 +54,9 @@ class BuiltIns:
         register("fast-dllm", FastDLLM)
         register("d2", D2Cache)
         register("dllm-cache", DLLMCache)
+        register("freecache", FreeCache)
+        register("suffix", Suffix)
+        register("es-dllm", ESDLLM)
 
     @hookimpl
     def register_unmaskers(self, register: Register) -> None:

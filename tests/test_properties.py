@@ -43,6 +43,22 @@ BUILT_INS: dict[str, Mapping[str, Any]] = {
         ]
     },
     "dllm-cache(prompt_interval=4,gen_interval=9,transfer_ratio=0.6,first_layer=scheduled)": {},
+    "freecache(block_length=4)": {
+        "exact": [
+            "freecache(refresh_every=1)",
+            Exact("freecache(freeze_prompt=false)"),
+            Exact("freecache", **ONE_LAYER),
+        ]
+    },
+    "freecache(block_length=none,freeze_delay=2,refresh_every=5)": {},
+    "suffix(window=2)": {"equals": [("suffix(window=12)", "fast-dllm(mode=prefix)")]},
+    "suffix(inner=elastic(gamma=0.95),window=1)": {
+        "equals": [("suffix(inner=elastic(gamma=0.95),window=12)", "elastic(gamma=0.95)")]
+    },
+    "suffix(inner=dkv,window=0,decay=gauss,sigma=3)": {"equals": [("suffix(inner=dkv,window=12,decay=gauss)", "dkv")]},
+    "suffix(inner=es-dllm,window=1)": {"exact": "suffix(inner=es-dllm(refresh_every=1),window=12)"},
+    "es-dllm": {"equals": [(f"es-dllm({knobs})", "fast-dllm") for knobs in ("first=none,second=none", "share=1")]},
+    "es-dllm(first=0,second=1,share=0.3,alpha=0.2,refresh_every=4)": {},
 }
 EXAMPLES = 6
 
