@@ -118,6 +118,7 @@ class SparseDLLM(Filter):
         self.shown = net.buffer(f"{NAME} shown", shape, torch.bool).fill_(True)
         self.room = self.capacity(state)
 
+    @torch.inference_mode()
     def plan(self, state: State) -> Plan:
         """A block that begins sees everything."""
         for b in np.flatnonzero((state.block_step == 0) & state.active):
