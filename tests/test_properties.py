@@ -37,7 +37,7 @@ BUILT_INS: dict[str, Mapping[str, Any]] = {
     "d2(current_k=3,inflate_w=2)": {"exact": ["d2(refresh=always)", Exact("d2(current_k=12)", n_layers=1)]},
     "d2(current_k=5,rollout_p=0.3,confidence=latest,search=blocks,nucleus=above)": {},
     "sparse-dllm": {"equals": [("sparse-dllm(keep=1)", "fast-dllm(full_passes=2)")]},
-    "sparse-dllm(inner='elastic',keep=0.4,kernel=none)": {"equals": [("sparse-dllm(inner=elastic,keep=1)", "elastic")]},
+    "sparse-dllm(inner=elastic,keep=0.4,kernel=none)": {"equals": [("sparse-dllm(inner=elastic,keep=1)", "elastic")]},
     "sparse-dllm(compact=true)": {"equals": [("sparse-dllm(compact=true)", "sparse-dllm")]},
 }
 EXAMPLES = 6

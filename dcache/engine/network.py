@@ -125,6 +125,7 @@ class Stores:
         else:
             table.index_copy_(0, lanes, chosen)
 
+    @torch.inference_mode()
     def spread(self, name: str) -> list[Tensor]:
         """Copies of a store, one per layer, with a place for each slot; NaN or 0 where nothing is held."""
         copies = []

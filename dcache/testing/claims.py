@@ -307,7 +307,8 @@ def an_idle_step_changes_no_logits(subject: Subject, canvas: Canvas) -> None:
 
     def planning(state: State) -> Plan:
         made = plan(state)
-        hidden.append(None if made.visible is None else np.array(made.visible))
+        shown = made.visible.clone().numpy() if isinstance(made.visible, Tensor) else made.visible
+        hidden.append(None if shown is None else np.array(shown))
         return made
 
     vars(run.policy)["plan"] = planning
