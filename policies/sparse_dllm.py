@@ -95,7 +95,7 @@ class SparseDLLM(Filter):
         if self.config.compact:
             if self.inner.opening() <= delay:
                 return (
-                    f"compact=true frees keys as soon as a block has scored them, in its pass {delay}, and inner policy "
+                    f"compact=true frees keys once a block has scored them, in its pass {delay}, and inner policy "
                     f"{self.inner.name!r} does not compute all rows anew in passes 0 to {delay} of each block; use "
                     f"{PUBLISHED.replace('2', str(delay + 1))} or none, or hide keys without freeing them"
                 )
@@ -141,7 +141,7 @@ class SparseDLLM(Filter):
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """The inner layer; then the choice, which holds from the next pass on."""
         out = self.inner.layer(at, rows, h)
-        if at.marks[NAME] and at.q is not None:  # a layer without queries hides nothing
+        if at.marks[NAME] and at.q is not None and at.sets[CANDIDATES].shape[1]:  # without queries nothing is hidden
             kept, scoring = self.choose(at, self.scores(at)), at.flags[SCORES] & at.live
             mine = self.shown[at.index].index_select(0, at.lanes)
             seen = torch.where(scoring[:, None], kept | at.flags[BLOCK][:, :-1], mine[:, 0])
@@ -155,7 +155,8 @@ class SparseDLLM(Filter):
 
         Of a block of which no row is computed, all computed rows speak. What is hidden anyway, or padding, has -inf.
         """
-        assert at.q is not None and at.q_rows is not None
+        assert at.q is not None
+        assert at.q_rows is not None
         computed, candidates = at.q_rows < at.dump, at.sets[CANDIDATES]
         block = at.flags[BLOCK].gather(1, at.q_rows)
         weight = torch.where(block.any(1, keepdim=True), block, computed).to(torch.float32)

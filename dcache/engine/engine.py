@@ -161,7 +161,9 @@ class Engine:
         if capacity is None:
             return None
         if not isinstance(capacity, int) or capacity < 1:
-            raise PolicyError(f"policy {self.label}: capacity() is {capacity!r}, expected at least 1 key, or None for all")
+            raise PolicyError(
+                f"policy {self.label}: capacity() is {capacity!r}, expected at least 1 key, or None for all"
+            )
         if self.model.device.type != "cpu":
             capacity = -(-capacity // ALIGN_SLOTS) * ALIGN_SLOTS
         return capacity if capacity < state.slots else None

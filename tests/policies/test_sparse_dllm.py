@@ -135,7 +135,7 @@ def test_scores_are_pooled_mean_products_of_the_mean_query(kernel: int) -> None:
 
 def test_equal_scores_keep_the_leftmost() -> None:
     policy = SparseDLLM(keep=0.5, kernel=None)
-    policy.scores = lambda at: torch.zeros_like(at.sets["sparse-dllm candidates"], dtype=torch.float32)  # type: ignore
+    policy.scores = lambda at: torch.zeros(at.sets["sparse-dllm candidates"].shape)  # type: ignore[method-assign]
     run = Run(lambda: policy, Canvas(lengths=((5, 8),), block_length=4)).go()
     assert [np.flatnonzero(kept[0]).tolist() for _, kept in kept_sets(run, 0)] == [[0, 1, 2, 3], [0, 1, 2, 3]]
 
@@ -152,22 +152,20 @@ def test_scaling_and_shifting_scores_changes_nothing(scale: float, shift: float)
 
 
 def test_keeping_none_attends_to_the_block_alone() -> None:
-    """So the prompt, rewritten after the choice, is not missed."""
+    """So the prompt, overwritten after the choice, is not missed."""
     runs = []
-    for poison in (False, True):
-        policy = SparseDLLM(keep=0)
-        original = policy.plan
+    for overwritten in (False, True):
+        run = Run(sparse(keep=0), Canvas(lengths=((5, 4),)))
+        original = run.policy.plan
 
-        def plan(state: State, original: Any = original, policy: Any = policy, poison: bool = poison) -> Plan:
-            if poison and state.block_step[0] == 2:
-                for at in policy.net.layers:
-                    at.stores["K"][:, :, :5], at.stores["V"][:, :, :5] = 7, 7
+        @torch.inference_mode()
+        def plan(state: State, run: Run = run, original: Any = original, overwritten: bool = overwritten) -> Plan:
+            for at in run.engine.layers if overwritten and state.block_step[0] == 2 else ():
+                at.stores["K"][:, :, :5], at.stores["V"][:, :, :5] = 7, 7
             return original(state)
 
-        policy.plan = torch.inference_mode()(plan)  # type: ignore[method-assign]
-        begin = policy.begin
-        policy.begin = lambda net, state, p=policy, b=begin: (setattr(p, "net", net), b(net, state))[1]  # type: ignore
-        runs.append(Run(lambda p=policy: p, Canvas(lengths=((5, 4),))).go())
+        run.policy.plan = plan  # type: ignore[method-assign]
+        runs.append(run.go())
     assert_same(runs[1], runs[0], "an untouched prompt")
 
 
@@ -243,6 +241,14 @@ def test_a_host_mask_may_not_show_what_may_be_gone() -> None:
 
     with pytest.raises(PolicyError, match="sequence 0 attends to position 0, which this pass does not compute"):
         Run(Careless, Canvas()).go()
+
+
+def test_a_second_pass_without_a_sequence_that_scores_chooses_nothing() -> None:
+    sizes = {"seed": 1, "shift": 1, "lengths": ((22, 12), (1, 4)), "block_length": 4}
+    canvas = Canvas(**sizes, unmask="threshold(threshold=0.3)", temperature=0.7)
+    run, expected = Run(sparse(inner="elastic", keep=1), canvas).go(), Run("elastic", canvas).go()
+    assert any(step.again is not None for step in run.trace)
+    assert_same(run, expected, "the inner policy")
 
 
 # -- what makes no sense ----------------------------------------------------------------------------------------------
