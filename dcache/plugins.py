@@ -47,6 +47,7 @@ class BuiltIns:
         from dcache.policies.freecache import FreeCache
         from dcache.policies.none import NoCache
         from dcache.policies.suffix import Suffix
+        from dcache.policies.sparse_dllm import SparseDLLM
 
         register("none", NoCache)
         register("elastic", ElasticCache)
@@ -57,6 +58,7 @@ class BuiltIns:
         register("freecache", FreeCache)
         register("suffix", Suffix)
         register("es-dllm", ESDLLM)
+        register("sparse-dllm", SparseDLLM)
 
     @hookimpl
     def register_unmaskers(self, register: Register) -> None:

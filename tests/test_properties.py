@@ -32,6 +32,7 @@ BUILT_INS: dict[str, Mapping[str, Any]] = {
     "dkv(variant=prefill)": {"exact": Exact("dkv(variant=prefill)", **ONE_LAYER)},
     "dkv(variant=pd,interval=3,cacheable=un_right)": {"exact": Exact("dkv(variant=pd,interval=3)", **ONE_LAYER)},
     "fast-dllm": {"exact": ["fast-dllm(interval=1)", Exact("fast-dllm", **ONE_LAYER)]},
+    "fast-dllm(full_passes=2,interval=3)": {},
     "fast-dllm(mode=prefix)": {"exact": Exact("fast-dllm(mode=prefix)", **ONE_LAYER)},
     "d2(current_k=3,inflate_w=2)": {"exact": ["d2(refresh=always)", Exact("d2(current_k=12)", n_layers=1)]},
     "d2(current_k=5,rollout_p=0.3,confidence=latest,search=blocks,nucleus=above)": {},
@@ -59,6 +60,9 @@ BUILT_INS: dict[str, Mapping[str, Any]] = {
     "suffix(inner=es-dllm,window=1)": {"exact": "suffix(inner=es-dllm(refresh_every=1),window=12)"},
     "es-dllm": {"equals": [(f"es-dllm({knobs})", "fast-dllm") for knobs in ("first=none,second=none", "share=1")]},
     "es-dllm(first=0,second=1,share=0.3,alpha=0.2,refresh_every=4)": {},
+    "sparse-dllm": {"equals": [("sparse-dllm(keep=1)", "fast-dllm(full_passes=2)")]},
+    "sparse-dllm(inner=elastic,keep=0.4,kernel=none)": {"equals": [("sparse-dllm(inner=elastic,keep=1)", "elastic")]},
+    "sparse-dllm(compact=true)": {"equals": [("sparse-dllm(compact=true)", "sparse-dllm")]},
 }
 EXAMPLES = 6
 

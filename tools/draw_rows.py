@@ -73,6 +73,7 @@ DRAWINGS = [
     Drawing("freecache", "freecache(block_length=16)"),
     Drawing("suffix", "suffix(window=4)"),
     Drawing("es-dllm", "es-dllm(first=0,second=1)"),
+    Drawing("sparse-dllm", "sparse-dllm"),
 ]
 
 

@@ -250,9 +250,10 @@ def every_byte_is_reported_and_returned(subject: Subject, canvas: Canvas) -> Non
     gc.freeze()  # what is there already is of no interest, and looking through it takes a second
     try:
         run = Run(subject.policy, canvas).go()
-        held = {name: sum(x.nbytes for x in layers) for name, layers in run.engine.stores.tensors.items()}
+        held = {name: sum(x.nbytes for x in layers) for name, layers in run.engine.stores.all.items()}
         assert run.engine.store_bytes == held, f"reports {run.engine.store_bytes} bytes, but the stores hold {held}"
         asked = {"K", "V", *run.policy.stores(model.spec)}
+        asked |= {"positions"} if run.engine.stores.capacity is not None else set()
         assert set(held) == asked, f"the stores are {sorted(held)}, asked for were {sorted(asked)}"
         once = sum(x.nbytes for x in tensors())
         run.again()

@@ -196,7 +196,7 @@ class Watch:
 
     def _pass(self, plan: Plan, call: Callable[[], Any]) -> Any:
         engine, state = self.run.engine, self.run.state
-        before = {name: [x.clone() for x in engine.stores.tensors[name]] for name in "KV"}
+        before = {name: engine.stores.spread(name) for name in "KV"}
         self._written = self._blank()
         self.downloads = 0
         seen = call()
@@ -204,8 +204,8 @@ class Watch:
             self.note("syncs", f"{self._step_text}: the pass brought results to the host {self.downloads} times, not 1")
         rows = plan.row_mask & state.valid & state.active[:, None]
         for name, layers in before.items():
-            for index, old in enumerate(layers):
-                self._compare(name, index, old, engine.stores.tensors[name][index], rows)
+            for index, (old, new) in enumerate(zip(layers, engine.stores.spread(name), strict=True)):
+                self._compare(name, index, old, new, rows)
         self.embedded[-1] |= self._written["K"][0] & self._written["V"][0]
         self._books()
         return seen
