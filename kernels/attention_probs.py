@@ -91,7 +91,8 @@ def products_ref(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
     """The torch twin of `products`: a sum over heads of a group comes before the product with its key."""
     if visible is not None:
         k = hide(k, visible)
-    summed = q.to(torch.float32).unflatten(1, (k.shape[1], -1)).sum(2)  # (batch, kv_heads, rows, head_dim)
+    grouped = q.to(torch.float32).reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
+    summed = grouped.sum(2)  # (batch, kv_heads, rows, head_dim)
     return torch.einsum("bgid,bgjd->bij", summed, k.to(torch.float32)) / q.shape[1]
 
 
