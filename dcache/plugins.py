@@ -43,12 +43,14 @@ class BuiltIns:
         from dcache.policies.elastic import ElasticCache
         from dcache.policies.fast_dllm import FastDLLM
         from dcache.policies.none import NoCache
+        from dcache.policies.spa import SPACache
 
         register("none", NoCache)
         register("elastic", ElasticCache)
         register("dkv", DKVCache)
         register("fast-dllm", FastDLLM)
         register("d2", D2Cache)
+        register("spa", SPACache)
 
     @hookimpl
     def register_unmaskers(self, register: Register) -> None:

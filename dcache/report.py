@@ -9,7 +9,7 @@ speedup                   tok/s divided by that of the reference
 NFE                       forward calls; mean over problems
 tokens/forward            tokens up to the first end-of-text, divided by forward calls
 rows computed             row-layers that ran a query, as a share of as many steps without a cache
-refreshes                 steps that computed every row in some layer; mean over problems
+refreshes                 steps that computed every row in the last layer; mean over problems
 ========================  ==============================================================================================
 
 ± is one standard deviation over repeats, carried through the ratio. A comparison that was interrupted is judged by the

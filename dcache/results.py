@@ -131,7 +131,7 @@ class Result(BaseModel):
         kv_row_layers: row-layers whose key or value were projected.
         full_row_layers: row-layers of as many steps without a cache.
         row_share: ``row_layers / full_row_layers``.
-        refreshes: steps that computed every row in at least one layer.
+        refreshes: steps that computed every row in the last layer.
         step_ms: wall time of each step; the sequences of a batch share their steps.
         peak_bytes: most GPU memory in use, without the stores of the other policies; None on a CPU.
         cache_bytes: of all stores of the batch.

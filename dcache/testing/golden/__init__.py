@@ -18,6 +18,7 @@ from dcache.testing.golden.dkv import DKVCase
 from dcache.testing.golden.elastic import ElasticCase
 from dcache.testing.golden.fast_dllm import FastDLLMCase
 from dcache.testing.golden.loop import NoCacheCase
+from dcache.testing.golden.spa import SPACase
 
 METHODS: dict[str, type[Case]] = {
     "none": NoCacheCase,
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Case]] = {
     "elastic-cache": ElasticCase,
     "fast_dllm": FastDLLMCase,
     "d2-cache": D2Case,
+    "spa": SPACase,
 }
 """Recorded method to the class that checks it."""
 
