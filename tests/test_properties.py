@@ -35,6 +35,8 @@ BUILT_INS: dict[str, Mapping[str, Any]] = {
     "fast-dllm(mode=prefix)": {"exact": Exact("fast-dllm(mode=prefix)", **ONE_LAYER)},
     "d2(current_k=3,inflate_w=2)": {"exact": ["d2(refresh=always)", Exact("d2(current_k=12)", n_layers=1)]},
     "d2(current_k=5,rollout_p=0.3,confidence=latest,search=blocks,nucleus=above)": {},
+    "spa(interval=5,gen_interval=3,rank=4)": {"exact": ["spa(interval=1)", Exact("spa(rank=1)", **ONE_LAYER)]},
+    "spa(border=repaired,ratios=0.5)": {"exact": Exact("spa(border=repaired,warm_up=0)", n_layers=1)},
 }
 EXAMPLES = 6
 
