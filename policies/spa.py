@@ -13,21 +13,20 @@ features drift most in the layers past the middle.
 ``R``, ``R_g``         ``interval``, ``gen_interval``
 =====================  ====================================================================================
 
-Departures: keys are rotated by absolute positions throughout, which gives the same scores; of rows whose similarities
-agree to 1e-6 the leftmost goes first; a ratio may be 0 or 1; everything is per sequence. The paper projects keys and values of selected
-rows alone, the released code, followed here, those of every generated row. Where a row predicts the next position,
-the released code scores the first generated position by its own row unless the step computes everything; so does
-``border=published``. ``docs/policies/spa.md`` has the rest.
+Departures: of rows whose similarities agree to 1e-6 the leftmost goes first; a ratio may be 0 or 1. The paper projects
+keys and values of selected rows alone, the released code, followed here, those of every generated row. Where a row
+predicts the next position, the released code scores the first generated one by its own row unless the step computes
+everything; so does ``border=published``. ``docs/policies/spa.md`` has the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear
 
@@ -59,42 +58,32 @@ class Kind(NamedTuple):
     bounds: tuple[int, ...] | None
 
 
+def shapes(at: Layer) -> Kind:
+    """Those of the pass."""
+    assert isinstance(at.kind, Kind)
+    return at.kind
+
+
 class SPACache(CachePolicy):
     """Adaptive updates by singular proxies."""
 
     class Config(Budget):
         """Knobs of `SPACache`; defaults of the released evaluation."""
 
-        rank: int | float | None = Field(
+        rank: Annotated[int, Field(ge=1, le=MOST)] | Annotated[float, Field(gt=0, le=1)] | None = Field(
             None,
-            gt=0,
-            le=MOST,
-            description="directions of the proxy; up to 1 a share of the value width, so 1 is full rank; none: 256, or "
-            "32 where a row predicts the next position",
+            description="directions of the proxy, or a share: 1 is full rank; none: 256, or 32 with a logit shift",
         )
         interval: int = Field(10000, ge=1, le=MOST, description="denoising steps between two full refreshes (R)")
-        gen_interval: int = Field(
-            10000, ge=1, le=MOST, description="denoising steps between two refreshes of the generated rows (R_g)"
-        )
+        gen_interval: int = Field(10000, ge=1, le=MOST, description="steps between refreshes of generated rows (R_g)")
         warm_up: int | None = Field(
-            None,
-            ge=0,
-            le=MOST,
-            description="steps after step 0 that compute everything; none: 0, or 1 where a row predicts the next "
-            "position",
+            None, ge=0, le=MOST, description="further full steps at the beginning; none: 0, or 1 with a logit shift"
         )
         border: Literal["published", "repaired"] = Field(
             "published",
-            description="where a row predicts the next position: the first generated one is scored by its own row "
-            "unless the step computes everything, as released, or by the last prompt row, which stays in all layers",
+            description="with a logit shift, what scores the first generated position in a step that is not full: its "
+            "own row, as released, or the last prompt row, which then stays in all layers",
         )
-
-        @field_validator("rank")
-        @classmethod
-        def _count(cls, rank: float | None) -> float | None:
-            if rank is not None and rank > 1 and rank != int(rank):
-                raise ValueError("above 1 it is a number of directions, so an integer")
-            return rank
 
     paper = "SPA-Cache: Singular Proxies for Adaptive Caching in Diffusion Language Models, arXiv 2602.02544"
     pairs_with = "low-confidence"
@@ -103,10 +92,8 @@ class SPACache(CachePolicy):
 
     def exempt(self) -> Mapping[str, str]:
         """As released, a position is predicted by one row or another."""
-        if self.config.border == "repaired":
-            return {}
         lent = "border=published scores the first generated position by another row once a full step is over"
-        return {"an_idle_step_changes_no_logits": lent}
+        return {"an_idle_step_changes_no_logits": lent} if self.config.border == "published" else {}
 
     def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:
         """A table of ratios has one for each layer."""
@@ -162,17 +149,15 @@ class SPACache(CachePolicy):
 
     def _narrow(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that go on above layer 0."""
-        assert isinstance(at.kind, Kind)
-        if at.kind.width is None:
+        width = shapes(at).width
+        if width is None:
             return rows, h
-        kept = at.flags["stream"].gather(1, rows)
-        rows, order = rows.masked_fill(~kept, at.dump).sort(dim=-1)
-        return rows[:, : at.kind.width], take(h, order[:, : at.kind.width])
+        rows, order = rows.masked_fill(~at.flags["stream"].gather(1, rows), at.dump).sort(dim=-1)
+        return rows[:, :width], take(h, order[:, :width])
 
     def _update(self, at: Layer, rows: Tensor, h: Tensor) -> Tensor:
-        """K, V and Z of every row, the rest of those that turned most; (batch, n, d_model)."""
-        assert isinstance(at.kind, Kind)
-        z, bounds = linear(at.normed(h), self.proxies[at.index]), at.kind.bounds
+        """K, V and Z of every row, the rest of those that turned most: (batch, n, d_model)."""
+        z, bounds = linear(at.normed(h), self.proxies[at.index]), shapes(at).bounds
         if bounds is None:
             self._recompute(at, rows, h, at.refresh(rows, h))
         else:
@@ -205,8 +190,7 @@ class SPACache(CachePolicy):
 
     def _lend_border(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """The slip: a stream that begins with the first generated row lends it to the one that should predict it."""
-        assert isinstance(at.kind, Kind)
-        if at.spec.shift == 0 or at.kind.width is None or self.config.border == "repaired":
+        if at.spec.shift == 0 or shapes(at).width is None or self.config.border == "repaired":
             return rows, h
         begin = at.flags["begin"][:, None]
         border = torch.where(rows[:, :1] == begin, begin - at.spec.shift, at.dump)

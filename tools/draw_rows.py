@@ -69,6 +69,7 @@ DRAWINGS = [
     Drawing("fast-dllm-prefix", "fast-dllm(mode=prefix)"),
     Drawing("fast-dllm-dream", "fast-dllm", model="tiny-dream"),
     Drawing("d2", "d2(current_k=8)", "certainty-prior"),
+    Drawing("spa", "spa(interval=16,gen_interval=6,max_ratio=0.5)"),
 ]
 
 

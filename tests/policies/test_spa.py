@@ -220,9 +220,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "proxies"
 
 
-def test_proxies_are_computed_once_and_read_from_a_file_after_that(
-    kept: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proxies_are_computed_once_and_read_from_a_file_after_that(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = Weights(MODEL)
     first = {layer: x.clone() for layer, x in value_proxies(weights, 3).items()}
     assert len(list(kept.iterdir())) == 1

@@ -176,7 +176,7 @@ def test_rows_behind_an_end_of_text_are_decoded_or_dropped_as_asked(after_end: s
 
 
 def test_all_behind_the_first_end_of_text_is_overwritten_every_few_steps() -> None:
-    """Ends stand at 7 and, from the second step on, at 5; rows decoded behind them keep their tokens until it is due."""
+    """Ends stand at 8, then at 5 too; rows decoded behind them keep their tokens until it is due."""
     eos = SPEC.eos_id
     script = [(7, 1), (8, eos), (5, eos), (6, 2), (4, 3)]
     trace, state = go(Scripted(script, "fill", 2), gen=6)
