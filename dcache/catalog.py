@@ -112,7 +112,7 @@ def _lines(listing: Listing) -> Iterator[str]:
     source = "" if listing.source == BUILT_IN else f" ({listing.source})"
     yield f"{listing.name}{source}: {listing.summary}"
     if listing.paper:
-        yield f"    paper: {listing.paper}"
+        yield from textwrap.wrap(f"paper: {listing.paper}", 100, initial_indent=" " * 4, subsequent_indent=" " * 8)
     if listing.pairs_with:
         yield f"    pairs with: {listing.pairs_with}"
     if listing.exact:

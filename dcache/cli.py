@@ -82,6 +82,7 @@ TopK = Annotated[str | None, setting(DecodeSettings, "top_k", metavar=COUNT_OR_N
 Guidance = Annotated[str | None, setting(DecodeSettings, "guidance", metavar=NUMBER)]
 EosLast = Annotated[str | None, setting(DecodeSettings, "eos_last")]
 AfterEnd = Annotated[str | None, setting(DecodeSettings, "after_end")]
+FillEvery = Annotated[str | None, setting(DecodeSettings, "fill_every", metavar=COUNT)]
 BatchSize = Annotated[str | None, setting(DecodeSettings, "batch_size", metavar=COUNT)]
 
 
@@ -142,6 +143,7 @@ def compare(
     forbid_eos: ForbidEos = None,
     eos_last: EosLast = None,
     after_end: AfterEnd = None,
+    fill_every: FillEvery = None,
     batch_size: BatchSize = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -155,7 +157,7 @@ def compare(
     settings = given(
         split=split, limit=limit, repeats=repeats, gen_length=gen_length, block_length=block_length, unmask=unmask,
         temperature=temperature, confidence=confidence, top_p=top_p, top_k=top_k, guidance=guidance, seed=seed,
-        forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end, batch_size=batch_size,
+        forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end, fill_every=fill_every, batch_size=batch_size,
     )  # fmt: skip
     source: Task | str | None = task if prompts is None else Prompts(prompts)
     experiment = Experiment(policy_calls(policies, set_ or [], sweep or []), source, **settings)
@@ -224,6 +226,7 @@ def generate(
     forbid_eos: ForbidEos = None,
     eos_last: EosLast = None,
     after_end: AfterEnd = None,
+    fill_every: FillEvery = None,
     batch_size: BatchSize = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -234,7 +237,7 @@ def generate(
         **given(
             gen_length=gen_length, block_length=block_length, unmask=unmask, temperature=temperature,
             confidence=confidence, top_p=top_p, top_k=top_k, guidance=guidance, seed=seed, forbid_eos=forbid_eos,
-            eos_last=eos_last, after_end=after_end, batch_size=batch_size,
+            eos_last=eos_last, after_end=after_end, fill_every=fill_every, batch_size=batch_size,
         )
     )  # fmt: skip
     if (prompt is None) == (prompts is None):

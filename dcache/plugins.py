@@ -46,8 +46,9 @@ class BuiltIns:
         from dcache.policies.fast_dllm import FastDLLM
         from dcache.policies.freecache import FreeCache
         from dcache.policies.none import NoCache
-        from dcache.policies.suffix import Suffix
+        from dcache.policies.spa import SPACache
         from dcache.policies.sparse_dllm import SparseDLLM
+        from dcache.policies.suffix import Suffix
 
         register("none", NoCache)
         register("elastic", ElasticCache)
@@ -59,6 +60,7 @@ class BuiltIns:
         register("suffix", Suffix)
         register("es-dllm", ESDLLM)
         register("sparse-dllm", SparseDLLM)
+        register("spa", SPACache)
 
     @hookimpl
     def register_unmaskers(self, register: Register) -> None:

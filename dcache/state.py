@@ -66,7 +66,8 @@ class State:
             behind an end-of-text hold the mask and are not decoded, and a model may predict the mask id.
         known: (batch, slots) bool: prompt, or committed and not put back; rows dropped undecoded are neither masked
             nor known.
-        changed: (batch, slots) bool: token written by the previous step (committed or re-masked).
+        changed: (batch, slots) bool: token written by the previous step (committed, re-masked, or overwritten with
+            end-of-text; only then may a row change that was known and stays so).
         window: (batch, slots) bool: what the unmasker may commit in this step.
         order: (batch, slots) int64: place of each window row in the order of commits, for an unmasker that announces
             them; otherwise left to right.
@@ -207,11 +208,12 @@ class State:
         """Write what the step decided and move on: tokens, masked, changed, step and block."""
         active = self.active
         self._check_update(update)
-        self.changed = update.commit | update.remask
-        self.tokens = np.where(update.commit, update.tokens, self.tokens)
+        written, tokens = update.written(self.spec.eos_id)
+        self.changed = written | update.remask
+        self.tokens = np.where(written, tokens, self.tokens)
         self.tokens = np.where(update.remask, self.spec.mask_id, self.tokens)
-        self.masked = (self.masked & ~update.commit & ~update.drop) | update.remask
-        self.known = (self.known | update.commit) & ~update.remask
+        self.masked = (self.masked & ~written & ~update.drop) | update.remask
+        self.known = (self.known | written) & ~update.remask
         self.step = self.step + active
         self.seen = seen
         if not self._own_blocks:
@@ -238,6 +240,11 @@ class State:
             )
         if found(update.remask & (self.prompt | ~self.valid)):
             raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} is not generated, yet re-masked")
+        if update.fill is not None and found(update.fill & (self.prompt | ~self.valid | update.remask)):
+            raise UnmaskerError(
+                f"step {self.step[b]}, sequence {b}: position {p} is overwritten with end-of-text, but it is "
+                f"{'re-masked too' if update.remask[b, p] else 'not generated'}"
+            )
         if self.guided:
             first, second = (x.reshape(2, -1) for x in (update.commit, np.where(update.commit, update.tokens, -1)))
             if (first[0] != first[1]).any() or (second[0] != second[1]).any():

@@ -23,13 +23,13 @@ class Step:
     Attributes:
         step: (batch,) int64 number of the step in each sequence, from 0.
         active: (batch,) bool: sequences that took part.
-        refresh: (batch,) bool: every row of the sequence was computed in the last layer, and so in all from some on.
+        refresh: (batch,) bool: every row of the sequence was computed in the last layer.
         kind: of the plan.
         rows: (batch, slots) bool rows of the plan that were computed.
         again: (batch, slots) bool rows of the second pass; None without one.
         start: (batch,) int64 first layer of the second pass; None without one.
-        commit: (batch, slots) bool.
-        tokens: (batch, slots) int64 candidates, -1 where nothing was predicted.
+        commit: (batch, slots) bool rows that took a token, those that were overwritten with end-of-text among them.
+        tokens: (batch, slots) int64 what was written, elsewhere the candidate, -1 where nothing was predicted.
         confidence: (batch, slots) float32 of the candidates.
         drop: (batch, slots) bool rows taken off the list undecoded.
         remask: (batch, slots) bool.
@@ -65,16 +65,18 @@ class Step:
         """Record a step; `state` is still that before it was applied."""
         part = state.valid & state.active[:, None]
         computed = plan.row_mask if again is None else plan.row_mask | again.row_mask
+        complete = (computed | ~part).all(1) & (engine.count.rows[-1] >= part.sum(1))
+        commit, tokens = update.written(state.spec.eos_id)
         return Step(
             step=state.step,
             active=state.active,
-            refresh=state.active & (computed | ~part).all(1) & (engine.count.rows[-1] >= part.sum(1)),
+            refresh=state.active & complete,
             kind=plan.kind,
             rows=plan.row_mask & part,
             again=None if again is None else again.row_mask & part,
             start=None if again is None or again.start is None else again.start,
-            commit=update.commit,
-            tokens=seen.tokens,
+            commit=commit,
+            tokens=tokens,
             confidence=seen.confidence,
             drop=update.drop,
             remask=update.remask,

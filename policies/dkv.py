@@ -80,6 +80,7 @@ class DKVCache(CachePolicy):
     def begin(self, net: Network, state: State) -> None:
         """Nothing may be cached before the first step."""
         self.before = np.zeros_like(state.valid)
+        self.known = np.zeros_like(state.valid)
 
     def plan(self, state: State) -> Plan:
         """Everything, except what the variant reads from the cache."""
@@ -94,8 +95,9 @@ class DKVCache(CachePolicy):
                 reused = prompt
             case "pd":
                 reused = prompt | self._decoded(state) & between
-        put_back = state.changed & state.masked  # stored with a token that it no longer has
-        return Plan(state.valid & ~reused | state.needed | put_back)
+        replaced = state.changed & self.known  # put back or overwritten: stored with a token that it no longer has
+        self.known = state.known
+        return Plan(state.valid & ~reused | state.needed | replaced)
 
     def _decoded(self, state: State) -> Bools:
         """``S_{i-1}``: what could be cached one step ago and still can (section 3.2, delayed caching)."""

@@ -2,9 +2,15 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
 
+import atexit
 import importlib.util
 import sys
+import tempfile
 from pathlib import Path
+
+KEPT = tempfile.TemporaryDirectory(prefix="dcache-tests-")  # what is computed once per model stays out of the user's
+atexit.register(KEPT.cleanup)
+os.environ["DCACHE_CACHE_DIR"] = KEPT.name
 
 ROOT = Path(__file__).resolve().parents[1]
 # The checkout's own `kernels/` must not shadow the optional package of that name that transformers looks for.

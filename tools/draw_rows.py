@@ -74,6 +74,7 @@ DRAWINGS = [
     Drawing("suffix", "suffix(window=4)"),
     Drawing("es-dllm", "es-dllm(first=0,second=1)"),
     Drawing("sparse-dllm", "sparse-dllm"),
+    Drawing("spa", "spa(interval=16,gen_interval=6,max_ratio=0.5)"),
 ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -133,12 +133,27 @@ class Picks:
 
 @dataclass(frozen=True)
 class Update:
-    """What a step does to the canvas, all (batch, slots); `drop` takes masked rows off the list undecoded."""
+    """What a step does to the canvas, all (batch, slots).
+
+    Attributes:
+        tokens: int64, of the rows that are committed.
+        commit: masked rows that become known.
+        drop: masked rows that are taken off the list undecoded.
+        remask: known rows that become masked.
+        fill: generated rows, masked or known, that are overwritten with end-of-text, after all else; None: none are.
+    """
 
     tokens: Ints
     commit: Bools
     drop: Bools
     remask: Bools
+    fill: Bools | None = None
+
+    def written(self, eos_id: int) -> tuple[Bools, Ints]:
+        """Rows that take a token, committed or overwritten, and the tokens (batch, slots) int64."""
+        if self.fill is None:
+            return self.commit, self.tokens
+        return self.commit | self.fill, np.where(self.fill, eos_id, self.tokens)
 
 
 class Unmasker(ABC):
@@ -214,12 +229,23 @@ class Unmasker(ABC):
     def settle(self, state: State, seen: Seen) -> Update:
         """Host, after the pass: commit what was taken, then handle the end of the text."""
         commit = seen.taken & state.active[:, None]
-        return Update(seen.tokens, commit, self._drop(state, seen, commit), seen.remask)
+        update = Update(seen.tokens, commit, self._drop(state, seen, commit), seen.remask)
+        return self._filled(state, update) if self.sampling.after_end == "fill" else update
+
+    def _filled(self, state: State, update: Update) -> Update:
+        """All behind the first known end of the text is overwritten, in the steps when that is due."""
+        known = (state.known | update.commit) & ~state.prompt & ~update.remask
+        tokens = np.where(update.commit, update.tokens, state.tokens)
+        end = first(known & np.isin(tokens, state.spec.end_ids), state.slots)
+        due = state.active & ((state.step + 1) % self.sampling.fill_every == 0)
+        behind = state.valid & (np.arange(state.slots) > end[:, None]) & due[:, None]
+        fill = behind & ((tokens != state.spec.eos_id) | ~known)
+        return replace(update, fill=fill, remask=update.remask & ~fill)
 
     def _drop(self, state: State, seen: Seen, commit: Bools) -> Bools:
         """Masked rows behind an end-of-text that this step committed."""
         drop = np.zeros_like(commit)
-        if self.sampling.after_end == "decode":
+        if self.sampling.after_end in ("decode", "fill"):
             return drop
         if self._ended is None:
             self._ended = np.zeros(state.batch, dtype=bool)

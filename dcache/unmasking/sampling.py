@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from dcache.kernels.confidence import best_token, confidence_of
@@ -68,11 +68,24 @@ class Sampling(BaseModel):
         description="classifier-free guidance (LLaDA's cfg_scale): from the logits of a second sequence, whose prompt "
         "is masked, to those with the prompt and on by this share of the way; twice the rows. 0 is off",
     )
-    after_end: Literal["decode", "drop", "drop-once"] = Field(
+    after_end: Literal["decode", "drop", "drop-once", "fill"] = Field(
         "drop",
         description="masked rows behind a committed end of the text, where the output is cut: drop them, decode them "
-        "all the same (LLaDA's released loop), or drop them at the first end of the text only (Elastic-Cache)",
+        "all the same (LLaDA's released loop), drop them at the first end of the text only (Elastic-Cache), or "
+        "overwrite them and those decoded there with end-of-text, every fill_every steps (SPA-Cache's early stop)",
     )
+    fill_every: int = Field(
+        1,
+        ge=1,
+        le=MOST,
+        description="after_end=fill: denoising steps from one overwriting to the next (SPA-Cache's early_stop_steps)",
+    )
+
+    @model_validator(mode="after")
+    def _fills(self) -> Sampling:
+        if self.fill_every != 1 and self.after_end != "fill":
+            raise ValueError(f"fill_every={self.fill_every} belongs to after_end=fill; give both, or neither")
+        return self
 
 
 class Noise:

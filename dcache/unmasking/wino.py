@@ -85,7 +85,7 @@ class WINO(Unmasker):
 
     def _drop(self, state: State, seen: Seen, commit: Bools) -> Bools:
         """Masked rows behind an end of the text that is settled: one in a finished block is not put back any more."""
-        if self.sampling.after_end == "decode":
+        if self.sampling.after_end in ("decode", "fill"):
             return np.zeros_like(commit)
         left = (state.masked & ~commit) | seen.remask
         finished: Bools = np.asarray(~(left & state.block).any(1))

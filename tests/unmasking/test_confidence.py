@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from dcache import Sampling, Seen, State, Unmasker, Update, UsageError
 from dcache.decode import decode
 from dcache.engine import Engine
+from dcache.errors import UnmaskerError
 from dcache.policies.none import NoCache
 from dcache.testing.models import random_model
 from dcache.trace import Step
@@ -153,8 +154,8 @@ def test_end_of_text_can_be_committed_last() -> None:
 class Scripted(Threshold):
     """Commits given tokens in a given order, one per step, so that ends of text come where a test wants them."""
 
-    def __init__(self, script: list[tuple[int, int]], after_end: str):
-        super().__init__(sampling=Sampling(after_end=after_end))
+    def __init__(self, script: list[tuple[int, int]], after_end: str, fill_every: int = 1):
+        super().__init__(sampling=Sampling(after_end=after_end, fill_every=fill_every))
         self.script = script
 
     def settle(self, state: State, seen: object) -> object:
@@ -172,3 +173,39 @@ def test_rows_behind_an_end_of_text_are_decoded_or_dropped_as_asked(after_end: s
     script = [(7, SPEC.eos_id), (5, SPEC.eos_id), (4, 1), (6, 2), (8, 3)]
     _, state = go(Scripted(script, after_end), gen=5)
     assert np.flatnonzero(state.tokens[0] != SPEC.mask_id)[4:].tolist() == decoded
+
+
+def test_all_behind_the_first_end_of_text_is_overwritten_every_few_steps() -> None:
+    """Ends stand at 8, then at 5 too; rows decoded behind them keep their tokens until it is due."""
+    eos = SPEC.eos_id
+    script = [(7, 1), (8, eos), (5, eos), (6, 2), (4, 3)]
+    trace, state = go(Scripted(script, "fill", 2), gen=6)
+    written = [{int(p): int(s.tokens[0, p]) for p in np.flatnonzero(s.commit[0])} for s in trace]
+    assert written == [{7: 1}, {8: eos, 9: eos}, {5: eos}, {6: eos, 7: eos}, {4: 3}]
+    assert state.tokens[0, 4:].tolist() == [3, eos, eos, eos, eos, eos]
+    assert state.known.all()
+
+
+def test_the_step_that_completes_a_text_still_overwrites_what_is_behind_its_end() -> None:
+    eos = SPEC.eos_id
+    _, state = go(Scripted([(5, 1), (6, 2), (4, eos)], "fill", 3), gen=3)
+    assert state.tokens[0, 4:].tolist() == [eos, eos, eos]
+    _, state = go(Scripted([(5, 1), (6, 2), (4, eos)], "fill", 4), gen=3)
+    assert state.tokens[0, 4:].tolist() == [eos, 1, 2]
+
+
+def test_an_interval_of_overwriting_needs_overwriting() -> None:
+    with pytest.raises(ValueError, match="fill_every=4 belongs to after_end=fill"):
+        Sampling(fill_every=4)
+
+
+@pytest.mark.parametrize("place", [0, 4])
+def test_only_generated_rows_that_stay_may_be_overwritten(place: int) -> None:
+    class Overwrites(LowConfidence):
+        def settle(self, state: State, seen: Seen) -> Update:
+            update, fill = super().settle(state, seen), np.zeros_like(state.valid)
+            fill[0, place] = True
+            return replace(update, fill=fill, remask=fill & ~state.prompt)
+
+    with pytest.raises(UnmaskerError, match=f"position {place} is overwritten with end-of-text, but it is"):
+        go(Overwrites(), gen=3)

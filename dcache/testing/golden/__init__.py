@@ -19,6 +19,7 @@ from dcache.testing.golden.dllm_cache import DLLMCacheCase
 from dcache.testing.golden.elastic import ElasticCase
 from dcache.testing.golden.fast_dllm import FastDLLMCase
 from dcache.testing.golden.loop import NoCacheCase
+from dcache.testing.golden.spa import SPACase
 from dcache.testing.golden.sparse_dllm import SparseDLLMCase
 
 METHODS: dict[str, type[Case]] = {
@@ -32,6 +33,7 @@ METHODS: dict[str, type[Case]] = {
     "d2-cache": D2Case,
     "dllm_cache": DLLMCacheCase,
     "sparse_dllm": SparseDLLMCase,
+    "spa": SPACase,
 }
 """Recorded method to the class that checks it."""
 

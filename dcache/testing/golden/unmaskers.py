@@ -53,11 +53,13 @@ def recorded_unmasker(data: Mapping[str, Any], vocab: int) -> Unmasker:
 
 def _sampling(data: Mapping[str, Any], rule: str) -> Sampling:
     s = data["settings"]
+    stop = s.get("early_stop_steps")
     return Sampling(
         temperature=float(s.get("temperature", 0)),
         forbid_eos=s.get("logits_eos_inf", False),
         eos_last="published" if s.get("confidence_eos_eot_inf") else "off",
-        after_end="drop" if s.get("stop_until_eos") else "decode",
+        after_end="fill" if stop else "drop" if s.get("stop_until_eos") else "decode",
+        fill_every=stop or 1,
         guidance=float(s.get("cfg_scale") or 0),
         confidence=rule,
         top_p=s.get("top_p"),

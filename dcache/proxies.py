@@ -1,0 +1,128 @@
+"""Singular proxies: the directions in which a value projection stretches its input most (SPA-Cache).
+
+With ``W_v = U S Vh``, the proxy of rank r is ``W_r = diag(S[:r]) Vh[:r]``: ``W_r h`` are the r leading coordinates of
+the value ``W_v h`` in the basis U, so at full rank their cosines are those of the values themselves. Sign and rotation
+do not matter. ``W_r = U[:, :r].T W_v``, and U are eigenvectors of ``W_v W_v.T``, which are found in float64.
+
+For a large model that takes a minute, so the result is kept in a file, named by a checksum of the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dcache.engine.network import Weights
+
+log = logging.getLogger(__name__)
+
+FOLDER_VARIABLE = "DCACHE_CACHE_DIR"
+FORMAT = "1"  # part of the key: raise it when files of an earlier version must not be read
+
+
+class Proxies(dict[int, Tensor]):
+    """Layer to its proxy, (rank, d_model) in the dtype of the model; layer 0 has none."""
+
+
+_held: WeakValueDictionary[tuple[str, str], Proxies] = WeakValueDictionary()  # those that some policy uses
+
+
+def value_proxies(weights: Weights, rank: int) -> Proxies:
+    """Proxies of the value projections of all layers above the first.
+
+    Args:
+        weights: of the model.
+        rank: number of directions, at most that of the projection.
+
+    Returns:
+        from this process, from a file, or computed and then kept in one.
+    """
+    key = checksum(weights, rank)
+    held = _held.get((key, str(weights.device)))
+    if held is not None:
+        return held
+    file = folder() / f"{key}.safetensors"
+    found = _read(file, weights, rank)
+    if found is None:
+        found = Proxies({layer: proxy(w, rank) for layer, w in _values(weights)})
+        _keep(file, found)
+    _held[key, str(weights.device)] = found
+    return found
+
+
+def proxy(w: Tensor, rank: int) -> Tensor:
+    """``W_r`` of a projection ``w`` (width, d_model), up to signs: (rank, d_model) in its dtype."""
+    wide = w.detach().to(torch.float64)
+    directions = torch.linalg.eigh(wide @ wide.T).eigenvectors  # by ascending singular value
+    return (directions[:, -rank:].flip(1).T @ wide).to(w.dtype)
+
+
+def folder() -> Path:
+    """Where proxies are kept: below $DCACHE_CACHE_DIR, or the user's cache folder."""
+    if given := os.environ.get(FOLDER_VARIABLE):
+        return Path(given) / "proxies"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "dcache" / "proxies"
+
+
+def checksum(weights: Weights, rank: int) -> str:
+    """sha256 of everything that the proxies depend on."""
+    digest = hashlib.sha256(f"{FORMAT} {rank} {weights.dtype}".encode())
+    for layer, w in _values(weights):
+        digest.update(f" {layer} {tuple(w.shape)} ".encode())
+        digest.update(w.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _values(weights: Weights) -> Iterator[tuple[int, Tensor]]:
+    return ((layer, weights.weight(layer, "v")) for layer in range(1, weights.spec.n_layers))
+
+
+def _read(file: Path, weights: Weights, rank: int) -> Proxies | None:
+    """The proxies of a file; None if there is none, or if it does not hold what it should."""
+    try:
+        tensors = load(file.read_bytes())
+    except (OSError, SafetensorError, ValueError):
+        return None
+    shape = (rank, weights.spec.d_model)
+    found = Proxies({layer: tensors[str(layer)] for layer, _ in _values(weights) if str(layer) in tensors})
+    if len(found) != weights.spec.n_layers - 1:
+        return None
+    for x in found.values():
+        if tuple(x.shape) != shape or x.dtype != weights.dtype or not bool(x.isfinite().all()):
+            return None
+    return Proxies({layer: x.to(weights.device) for layer, x in found.items()})
+
+
+def _keep(file: Path, proxies: Proxies) -> None:
+    """Write a file as a whole or not at all; a run goes on without it."""
+    content = save({str(layer): x.cpu().contiguous() for layer, x in proxies.items()})
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=file.stem[:16], suffix=".part", dir=file.parent)
+        try:
+            with os.fdopen(handle, "wb") as part:
+                part.write(content)
+            os.replace(name, file)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        log.warning("singular proxies are not kept in %s (%s); the next run computes them again", file.parent, error)
+
+
+__all__ = ["FOLDER_VARIABLE", "Proxies", "checksum", "folder", "proxy", "value_proxies"]

@@ -1,0 +1,149 @@
+"""Cases of the ``spa`` folder: rows, keys written, similarities and selections of every layer, at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcache.decode import decode
+from dcache.engine import Engine
+from dcache.engine.layer import Layer
+from dcache.policies.spa import SPACache
+from dcache.proxies import proxy
+from dcache.state import State
+from dcache.testing.golden.base import LOGITS_TOLERANCE, Watched, close, equal
+from dcache.testing.golden.loop import LoopCase
+from dcache.testing.golden.unmaskers import recorded_unmasker
+from dcache.trace import Step
+
+SIMILARITY_TOLERANCE = 1e-5  # stated in the README of the folder
+RATIO_TOLERANCE = 1e-9
+VALUES_TOLERANCE = 1e-4  # of singular values, about 3, written with 8 digits
+GAUSSIAN = {
+    "max_ratio": "max_update_ratio",
+    "avg_ratio": "avg_update_ratio",
+    "min_ratio": "min_update_ratio",
+    "peak_at": "peak_pos",
+    "start": "freq_start",
+    "peak": "freq_peak",
+    "end": "freq_end",
+}  # knob to recorded setting
+
+
+class SPACase(LoopCase):
+    """A run of SPA-Cache."""
+
+    @property
+    def unsupported(self) -> str | None:
+        """A block whose steps run out before its rows do is left with masks in it by the released loop."""
+        s = self.settings
+        rule = next((name for name in ("threshold", "dynamic_threshold_factor") if s.get(name) is not None), None)
+        if rule and "block_length" in s and s["steps"] < s["gen_length"]:
+            return f"{rule} with fewer steps than rows leaves masks in the output, which is not reproduced"
+        return super().unsupported
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """What a text is padded with comes first."""
+        s = self.settings
+        return tuple(dict.fromkeys((s["pad_id"], *s["eot_ids"])))
+
+    def policy(self) -> SPACache:
+        """The recorded settings."""
+        s = self.settings
+        knobs: dict[str, Any] = {
+            "rank": s["proxy_rank"],
+            "interval": s["refresh_steps"],
+            "gen_interval": s["refresh_gen_steps"],
+            "warm_up": s["n_warmup_steps"],
+        }
+        if "update_ratio" in s:
+            table = s["update_ratio"]
+            return SPACache(**knobs, ratios=tuple(table) if isinstance(table, list) else table)
+        knobs["budget"] = s.get("update_ratio_dist", "gaussian")
+        return SPACache(**knobs, **{knob: s[name] for knob, name in GAUSSIAN.items() if s.get(name) is not None})
+
+    @cached_property
+    def similarities(self) -> list[dict[int, tuple[list[int], Tensor, Tensor]]]:
+        """By step and layer: sequences, rows (batch, n) and cosines (batch, n)."""
+        return []
+
+    def check(self) -> None:
+        """Budgets, proxies, and all of every step; the final canvases."""
+        model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], self.ends)
+        policy, spec = self.policy(), model.spec
+        close("ratios", torch.tensor(policy.config.of(spec.n_layers, spec.shift)), self._ratios, RATIO_TOLERANCE)
+        state, watched = self._state(model, self.pads), Watched(recorded_unmasker(self.data, spec.vocab_size))
+        self._observe(policy)
+        engine = Engine(model.transformer, policy, watched, maps=True, debug=True)
+        for layer, values in enumerate(self.data["proxy_singular_values"]):
+            block = list(model.transformer.blocks())[layer]
+            found = proxy(block.qkv[block.slices("v")], len(values)).norm(dim=1)
+            close(f"layer {layer}: singular values", found, torch.tensor(values), VALUES_TOLERANCE)
+        trace = decode(engine, state)
+        self._compare_commits(trace)
+        self._compare_final("final", state, self.pads)
+        self._compare_passes(trace, watched)
+        if self.data.get("no_cache_final"):
+            self._check_uncached(self.ends)
+
+    @property
+    def _ratios(self) -> Tensor:
+        return torch.tensor(self.data["update_ratio_per_layer"], dtype=torch.float64)
+
+    def _observe(self, policy: SPACache) -> None:
+        """Keep the similarities that the layers of a policy choose by."""
+        similarity, plan, kept = policy.similarity, policy.plan, self.similarities
+        kept.clear()
+
+        def planning(state: State) -> Any:
+            kept.append({})
+            return plan(state)
+
+        def measured(at: Layer, rows: Tensor, z: Tensor) -> Tensor:
+            found = similarity(at, rows, z)
+            kept[-1][at.index] = (at.lanes.tolist(), rows, found)
+            return found
+
+        vars(policy).update(plan=planning, similarity=measured)
+
+    def _compare_passes(self, trace: list[Step], watched: Watched) -> None:
+        for i, (step, recorded) in enumerate(zip(trace, self.steps, strict=True)):
+            number = recorded["step"]
+            for b in np.flatnonzero(step.active):
+                for layer in recorded["layers"]:
+                    self._compare_layer(i, step, layer, int(b))
+                if (logits := self.tensors.get(f"logits.{number}")) is not None:
+                    rows = positions(self.data["logits_rows"][str(number)])
+                    for row, expected in zip(rows, logits[b], strict=True):
+                        if (found := watched.of_row(i, int(b), row)) is not None:
+                            close(f"step {number}, sequence {b}, row {row}", found, expected, LOGITS_TOLERANCE)
+
+    def _compare_layer(self, i: int, step: Step, recorded: Mapping[str, Any], b: int) -> None:
+        layer = recorded["layer"]
+        where = f"step {i}, sequence {b}, layer {layer}"
+        for name, key in (("rows", "q_rows"), ("kv_rows", "kv_written")):
+            found = np.flatnonzero(step.maps[name][layer, b]).tolist()
+            equal(f"{where}: {key}", found, sorted(positions(recorded[key][b])))
+        if not any(recorded.get("selected", ())):
+            return  # all rows are recomputed, or none: there is nothing to compare them by
+        equal(f"{where}: selected", sorted(recorded["selected"][b]), sorted(positions(recorded["q_rows"][b])))
+        lanes, rows, found = self.similarities[i][layer]
+        lane = lanes.index(b)
+        begin, expected = len(self.data["prompt"][b]), torch.tensor(recorded["similarity"][b])
+        generated = list(range(begin, begin + len(expected)))
+        equal(f"{where}: rows compared", rows[lane].tolist(), generated)
+        close(f"{where}: similarity", found[lane], expected, SIMILARITY_TOLERANCE)
+
+
+def positions(told: str | Sequence[int]) -> list[int]:
+    """A list of positions, or "a:b" for a to b - 1."""
+    if isinstance(told, str):
+        begin, end = told.split(":")
+        return list(range(int(begin), int(end)))
+    return list(told)
