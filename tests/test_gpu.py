@@ -24,7 +24,15 @@ pytestmark = [
 ]
 POLICIES = ["none", "elastic", "elastic(gamma=0.99,track_num=3)", "dkv(interval=4)", "dkv(variant=prefill)"]
 POLICIES += ["dkv(variant=pd,interval=3,cacheable=un_right)", "fast-dllm", "fast-dllm(mode=prefix)"]
-POLICIES += ["sparse-dllm", "sparse-dllm(inner=elastic)"]
+POLICIES += [
+    "sparse-dllm",
+    "sparse-dllm(inner=elastic)",
+    "sparse-dllm(compact=true)",
+    "suffix(inner=sparse-dllm,window=2)",
+]
+POLICIES += ["suffix(window=2)", "suffix(inner=elastic(gamma=0.95),window=1)", "freecache(block_length=4)"]
+POLICIES += ["es-dllm(first=0,second=1)", "dllm-cache(prompt_interval=3,gen_interval=4)"]
+POLICIES += ["spa(interval=5,gen_interval=3,rank=4)", "spa(border=repaired,ratios=0.5)"]
 POLICIES += [
     "d2(current_k=3,inflate_w=2)",
     "d2(current_k=5,rollout_p=0.3,confidence=latest,search=blocks,nucleus=above)",
