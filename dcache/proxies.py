@@ -66,7 +66,7 @@ def value_proxies(weights: Weights, rank: int) -> Proxies:
 def proxy(w: Tensor, rank: int) -> Tensor:
     """``W_r`` of a projection ``w`` (width, d_model), up to signs: (rank, d_model) in its dtype."""
     wide = w.detach().to(torch.float64)
-    directions = torch.linalg.eigh(wide @ wide.T).eigenvectors  # by ascending singular value
+    directions: Tensor = torch.linalg.eigh(wide @ wide.T).eigenvectors  # by ascending singular value
     return (directions[:, -rank:].flip(1).T @ wide).to(w.dtype)
 
 
