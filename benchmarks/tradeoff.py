@@ -70,6 +70,14 @@ LINES = [
     Line("d2 repaired, current_k", f"d2(current_k=VALUE,{REPAIRED})", (4, 8, 16, 32)),
     Line("d2 released, rollout_p", "d2(current_k=8,rollout_p=VALUE)", (0, 0.1, 0.3)),
     Line("d2 repaired, rollout_p", f"d2(current_k=8,rollout_p=VALUE,{REPAIRED})", (0, 0.1, 0.3)),
+    Line("freecache, block_length", "freecache(block_length=VALUE)", BLOCKS),
+    Line("dllm-cache, gen_interval", "dllm-cache(gen_interval=VALUE)", (2, 4, 8, 16, 32)),
+    Line("dllm-cache, transfer_ratio", "dllm-cache(transfer_ratio=VALUE)", (0, 0.1, 0.25, 0.5)),
+    Line("spa, max_ratio", "spa(max_ratio=VALUE)", (0.1, 0.25, 0.5)),
+    Line("spa, gen_interval", "spa(gen_interval=VALUE)", (2, 4, 8, 16)),
+    Line("es-dllm, share", "es-dllm(share=VALUE)", (0.25, 0.5, 0.75)),
+    Line("sparse-dllm, keep", "sparse-dllm(keep=VALUE)", (0.1, 0.3, 0.5, 0.8)),
+    Line("suffix, window", "suffix(window=VALUE)", (0, 4, 8, 16, 32)),
 ]
 SETTINGS: dict[str, dict[str, Any]] = {
     "one-token": {"unmask": "low-confidence", "block_length": 32},

@@ -1,5 +1,7 @@
 """The figure of `tradeoff.py`: accuracy and agreement against rows computed, one curve per policy and knob.
 
+Each kind of policy has a row of panels of its own, with the points of all others in grey.
+
 Accuracy stands as the difference from no cache under the same settings of the run, since a line may sweep one of them.
 The bars are one standard error of the policy's accuracy. Both decode the same problems, so the error of the difference
 is smaller.
@@ -21,7 +23,24 @@ if TYPE_CHECKING:
     from tradeoff import Point
 
 # A method has a colour, a line of it a marker and a dash: told apart without colour too.
-COLOURS = {"elastic": "#0b5394", "dkv": "#b45309", "fast-dllm": "#15803d", "d2": "#7e22ce"}
+COLOURS = {
+    "elastic": "#0b5394",
+    "dkv": "#b45309",
+    "fast-dllm": "#15803d",
+    "d2": "#7e22ce",
+    "freecache": "#be123c",
+    "dllm-cache": "#0b5394",
+    "spa": "#b45309",
+    "es-dllm": "#7e22ce",
+    "sparse-dllm": "#15803d",
+    "suffix": "#be123c",
+}
+GROUPS = {
+    "by schedule": ("dkv", "fast-dllm", "freecache"),
+    "by attention": ("elastic", "d2"),
+    "rows per layer": ("dllm-cache", "spa", "es-dllm"),
+    "keys hidden": ("sparse-dllm", "suffix"),
+}
 MARKERS = "osD^vP*X<>hdp"
 DASHES = ("-", "--", ":", "-.")
 LOOKS = {
@@ -37,31 +56,56 @@ LOOKS = {
 
 def draw(points: Sequence[Point], caption: str, path: Path) -> None:
     """Write ``path.svg`` and ``path.png``."""
-    lines = list(dict.fromkeys(point.line for point in points if point.line))
+    groups = _groups(points)
     with plt.rc_context(LOOKS):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True)
-        for reference in (point for point in points if not point.line):
-            _reference(left, right, reference)
-        for number, line in enumerate(lines):
-            look = _look(line, lines[:number], number)
-            mine = [point for point in points if point.line == line]
-            rows, lost = [p.rows for p in mine], [100 * (p.accuracy - p.base) for p in mine]
-            left.errorbar(rows, lost, [100 * p.error for p in mine], capsize=2, elinewidth=0.7, label=line, **look)
-            right.plot(rows, [p.agreement for p in mine], **look)
-            _name_ends(right, mine, str(look["color"]))
-        left.set_ylabel("accuracy less that of no cache, percentage points")
-        right.set_ylabel("agreement with no cache")
-        for axes in (left, right):
+        size = (11, 0.6 + 2.9 * len(groups))
+        figure, panels = plt.subplots(
+            len(groups), 2, figsize=size, sharex=True, sharey="col", squeeze=False, layout="constrained"
+        )
+        for (left, right), (group, lines) in zip(panels, groups.items(), strict=True):
+            _panels(left, right, points, lines)
+            left.set_title(group, loc="left", fontsize=9, fontweight="bold")
+            left.set_ylabel("accuracy - no cache, points")
+            right.set_ylabel("agreement with no cache")
+            right.legend(*left.get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        for axes in panels[-1]:
             axes.set_xlabel("row-layers computed, of those without a cache")
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.set_xlim(left=0)
-        handles, names = left.get_legend_handles_labels()
-        figure.legend(handles, names, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         figure.suptitle(caption, fontsize=8, x=0.01, ha="left", wrap=True)
-        figure.tight_layout()
         figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None, "Creator": None})
         figure.savefig(path.with_suffix(".png"), bbox_inches="tight", dpi=160, metadata={"Software": None})
         plt.close(figure)
+
+
+def _groups(points: Sequence[Point]) -> dict[str, list[str]]:
+    """Lines by kind of policy; what belongs to none comes last."""
+    lines = list(dict.fromkeys(point.line for point in points if point.line))
+    found = {group: [n for n in lines if _method(n) in methods] for group, methods in GROUPS.items()}
+    found["others"] = [n for n in lines if not any(n in mine for mine in found.values())]
+    return {group: mine for group, mine in found.items() if mine} or {"": []}
+
+
+def _panels(left: Any, right: Any, points: Sequence[Point], lines: Sequence[str]) -> None:
+    """The lines of one kind, before all points."""
+    for reference in (point for point in points if not point.line):
+        _reference(left, right, reference)
+    others = [p for p in points if p.line and p.line not in lines]
+    grey = {"color": "#d4d4d4", "s": 14, "linewidth": 0, "zorder": 1}
+    left.scatter([p.rows for p in others], [100 * (p.accuracy - p.base) for p in others], **grey)
+    right.scatter([p.rows for p in others], [p.agreement for p in others], **grey)
+    for number, line in enumerate(lines):
+        look = _look(line, lines[:number], number)
+        mine = [point for point in points if point.line == line]
+        rows, lost = [p.rows for p in mine], [100 * (p.accuracy - p.base) for p in mine]
+        left.errorbar(rows, lost, [100 * p.error for p in mine], capsize=2, elinewidth=0.5, label=line, **look)
+        right.plot(rows, [p.agreement for p in mine], **look)
+        _name_ends(right, mine, str(look["color"]))
+
+
+def _method(line: str) -> str:
+    """The policy of a line."""
+    return line.split(",")[0].split()[0]
 
 
 def _reference(left: Any, right: Any, point: Point) -> None:
@@ -72,8 +116,8 @@ def _reference(left: Any, right: Any, point: Point) -> None:
 
 
 def _look(line: str, before: Sequence[str], number: int) -> dict[str, Any]:
-    method = line.split(",")[0].split()[0]
-    nth = sum(other.split(",")[0].split()[0] == method for other in before)
+    method = _method(line)
+    nth = sum(_method(other) == method for other in before)
     return {
         "color": COLOURS.get(method, "#333333"),
         "marker": MARKERS[number % len(MARKERS)],

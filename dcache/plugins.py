@@ -40,16 +40,26 @@ class BuiltIns:
         """Cache policies."""
         from dcache.policies.d2 import D2Cache
         from dcache.policies.dkv import DKVCache
+        from dcache.policies.dllm_cache import DLLMCache
         from dcache.policies.elastic import ElasticCache
+        from dcache.policies.es_dllm import ESDLLM
         from dcache.policies.fast_dllm import FastDLLM
+        from dcache.policies.freecache import FreeCache
         from dcache.policies.none import NoCache
         from dcache.policies.spa import SPACache
+        from dcache.policies.sparse_dllm import SparseDLLM
+        from dcache.policies.suffix import Suffix
 
         register("none", NoCache)
         register("elastic", ElasticCache)
         register("dkv", DKVCache)
         register("fast-dllm", FastDLLM)
         register("d2", D2Cache)
+        register("dllm-cache", DLLMCache)
+        register("freecache", FreeCache)
+        register("suffix", Suffix)
+        register("es-dllm", ESDLLM)
+        register("sparse-dllm", SparseDLLM)
         register("spa", SPACache)
 
     @hookimpl

@@ -115,6 +115,21 @@ class CachePolicy(ABC):
         """
         return None
 
+    def capacity(self, state: State) -> int | None:
+        """How many keys and values per sequence and layer outlive a pass, chosen by `Layer.hold`; None: all.
+
+        With a capacity, a pass may attend to the keys that it computes and to those that are held; the rest is freed.
+        """
+        return None
+
+    def opening(self) -> int:
+        """For filters that free keys: how many passes, from the first of each block on, compute all rows at least.
+
+        A policy with any gives its word that its layers read the keys and values of earlier passes in `Layer.attend`
+        alone, so that what a filter hides may be gone.
+        """
+        return 0
+
     def exempt(self) -> Mapping[str, str]:
         """Claims of `dcache.testing` that this configuration does not make, by name, each with the reason."""
         return {}
@@ -196,6 +211,10 @@ class Filter(CachePolicy):
     def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:
         """What the inner policy refuses."""
         return self.inner.refuses(spec, unmasker)
+
+    def capacity(self, state: State) -> int | None:
+        """That of the inner policy."""
+        return self.inner.capacity(state)
 
     def exempt(self) -> Mapping[str, str]:
         """What the inner policy is exempt from."""

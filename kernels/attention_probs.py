@@ -1,8 +1,9 @@
-"""Attention probabilities themselves, for small sets of rows, and the two sums that policies ask for.
+"""Attention probabilities themselves, for small sets of rows, and the sums that policies ask for.
 
 ``probs(q, k)[b, h, i, j] = softmax_j(q[b, h, i] . k[b, g(h), j] / sqrt(head_dim))`` over the visible keys, 0 elsewhere;
 ``received(q, k, weight)[b, j] = sum_{h, i} weight[b, i] p[b, h, i, j]``;
-``head_mean(q, k)[b, i, j] = mean_h p[b, h, i, j]``.
+``head_mean(q, k)[b, i, j] = mean_h p[b, h, i, j]``;
+``products(q, k)[b, i, j] = mean_h q[b, h, i] . k[b, g(h), j]``, without scale and softmax, 0 for hidden keys.
 
 The softmax is taken in float32 whatever the dtype of the model. The twins materialise heads x rows x slots; that of
 `received` for `ROWS_AT_ONCE` rows at a time, since policies ask for it over all rows of a sequence.
@@ -84,3 +85,26 @@ def head_mean(q: Tensor, k: Tensor, visible: Tensor | None = None) -> Tensor:
         (batch, rows, slots) float32.
     """
     return head_mean_ref(q, k, visible)
+
+
+def products_ref(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
+    """The torch twin of `products`: a sum over heads of a group comes before the product with its key."""
+    if visible is not None:
+        k = hide(k, visible)
+    grouped = q.to(torch.float32).reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
+    summed = grouped.sum(2)  # (batch, kv_heads, rows, head_dim)
+    return torch.einsum("bgid,bgjd->bij", summed, k.to(torch.float32)) / q.shape[1]
+
+
+def products(q: Tensor, k: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Dot products of rows with stored keys, averaged over heads.
+
+    Args:
+        q: (batch, heads, rows, head_dim).
+        k: (batch, kv_heads, slots, head_dim).
+        visible: (batch, 1 or kv_heads, slots) bool, or None.
+
+    Returns:
+        (batch, rows, slots) float32.
+    """
+    return products_ref(q, k, visible)

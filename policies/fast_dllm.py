@@ -3,7 +3,8 @@
 Wu et al., "Fast-dLLM: Training-free Acceleration of Diffusion LLM by Enabling KV Cache and Parallel Decoding", arXiv
 2505.22618, section 3.2 and algorithm 1; released code NVlabs/Fast-dLLM. While a block is decoded, what lies before it
 hardly changes, and the masks behind it say little. So the first pass of a block computes all rows, and those after it
-compute the block, with the rest of the canvas (prefix) or without (dual).
+compute the block, with the rest of the canvas (prefix) or without (dual). ``full_passes`` has more than one pass begin
+a block like that, as Sparse-dLLM does (arXiv 2508.02558).
 
 ==================  ===========================================================
 ``[s, e)``          ``state.block``
@@ -51,6 +52,9 @@ class FastDLLM(CachePolicy):
         interval: int | None = Field(
             None, ge=1, le=2**31 - 1, description="passes between two refreshes within a block (dInfer); none: none"
         )
+        full_passes: int = Field(
+            1, ge=1, le=2**31 - 1, description="passes at the beginning of a block that compute all rows"
+        )
 
     paper = "Fast-dLLM: Training-free Acceleration of Diffusion LLM, arXiv 2505.22618"
     pairs_with = "threshold(threshold=0.9)"
@@ -67,11 +71,16 @@ class FastDLLM(CachePolicy):
             )
         return None
 
+    def opening(self) -> int:
+        """Whatever the other knobs are."""
+        return self.config.full_passes
+
     def plan(self, state: State) -> Plan:
-        """All rows in the first pass of a block, then the block's."""
+        """All rows in the first passes of a block, then the block's."""
         span = state.block
         if self.config.mode == "prefix":
             span = np.logical_or.accumulate(span, axis=1)
         rows = state.rows_for(span) if self.config.rows == "predicting" else span
         since = state.block_step if self.config.interval is None else state.block_step % self.config.interval
-        return Plan(rows | state.needed | (since == 0)[:, None] & state.valid)
+        full = (since == 0) | (state.block_step < self.config.full_passes)
+        return Plan(rows | state.needed | full[:, None] & state.valid)

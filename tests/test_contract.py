@@ -1,7 +1,8 @@
-"""The contract carries the methods that are not built yet: one small policy per way of using it.
+"""The contract and the engine that keeps it: one small policy per way of using it, and what is refused.
 
-Each stands for a published method, in the part that strains the contract, and has a configuration in which it must
-commit what no cache (or its inner policy) does. ``docs/explanation/contract.md`` walks through the same five.
+Each policy has a configuration in which it must commit what no cache (or its inner policy) does. They are smaller than
+the published methods that use the contract so, and `Deep` and `Reuse` stand for methods that are not built;
+``docs/explanation/contract.md`` walks through both.
 """
 
 from collections.abc import Mapping
@@ -63,40 +64,8 @@ def commits(trace: list[Any]) -> list[Any]:
 REFERENCE = commits(run(NoCache())[0])
 
 
-class Rollout(CachePolicy):
-    """d2: attention rows of all layers, multiplied from the last to the first, reported once per sequence."""
-
-    class Config(PolicyConfig):
-        keep: int = 100
-
-    def begin(self, net: Network, state: State) -> None:
-        self.kept: list[Tensor] = []
-
-    def plan(self, state: State) -> Plan:
-        rows = state.valid
-        if state.seen is not None:  # the most attended rows, and what must be recomputed anyway
-            order = np.argsort(-state.seen.reports["column_sums"][:, :-1], axis=1, kind="stable")
-            chosen = np.zeros_like(state.valid)
-            np.put_along_axis(chosen, order[:, : self.config.keep], True, axis=1)
-            rows = chosen | state.changed | state.needed
-        return Plan(rows, watch=state.masked)
-
-    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        if at.index == 0:
-            self.kept = []  # tensors may pass from layer to layer within a pass
-        q = at.refresh(rows, h)
-        self.kept.append(at.head_mean(q))
-        if at.last:
-            sums = torch.ones_like(self.kept[0][:, 0])  # (batch, slots + 1)
-            for attention in reversed(self.kept):
-                at_rows = sums.gather(1, rows).masked_fill(rows == at.dump, 0)[..., None]
-                sums = 0.5 * (sums + (attention * at_rows).sum(1))
-            at.report("column_sums", sums, per_layer=False)
-        return rows, at.finish(h, at.attend(rows, q))
-
-
 class Chosen(CachePolicy):
-    """SPA, dLLM-Cache: K and V of the whole stream, queries where values moved, stored increments elsewhere."""
+    """K and V of the whole stream, queries where values moved, stored increments elsewhere."""
 
     class Config(PolicyConfig):
         share: float = 1.0
@@ -128,7 +97,7 @@ class Chosen(CachePolicy):
 
 
 class Evict(Filter):
-    """Sparse-dLLM: after the first step of a block, hide the keys that its queries attend to least."""
+    """After the first step of a block, hide the keys that its queries attend to least."""
 
     class Config(PolicyConfig):
         keep: float = 1.0
@@ -200,7 +169,7 @@ class Deep(CachePolicy):
 
 
 class Halving(CachePolicy):
-    """ES-dLLM: the stream narrows on the way up, to the half of it that a norm of the values likes best; and to
+    """The stream narrows on the way up, to the half of it that a norm of the values likes best; and to
     budgets per layer that arrive as a (batch, layers) flag."""
 
     class Config(PolicyConfig):
@@ -251,15 +220,14 @@ class Reuse(CachePolicy):
         return Plan(state.valid & ~self.span)
 
 
-def test_rollout_of_all_rows_equals_no_cache() -> None:
-    trace, _ = run(Rollout(keep=100))
-    assert commits(trace) == REFERENCE
-    assert trace[0].reports["column_sums"].shape == (2, trace[0].rows.shape[1] + 1)
+def test_a_report_of_the_whole_pass_has_no_axis_of_layers() -> None:
+    def layer(at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        if at.last:
+            at.report("rows", (rows < at.dump).sum(1), per_layer=False)
+        return at.compute(rows, h)
 
-
-def test_rollout_of_few_rows_computes_few_rows() -> None:
-    trace, _ = run(Rollout(keep=3))
-    assert all(s.rows.sum() < s.rows.size for s in trace[1:])
+    trace, _ = run(layering(layer))
+    assert trace[0].reports["rows"].tolist() == [15, 11]
 
 
 def test_queries_and_keys_are_counted_apart_when_they_differ() -> None:
@@ -313,7 +281,6 @@ def test_a_preloaded_span_of_the_same_request_is_exact_while_it_would_not_change
 
 
 PATTERNS = [
-    lambda: Rollout(keep=3),
     lambda: Chosen(share=0.4),
     lambda: Evict(ElasticCache(gamma=0.95), keep=0.7),
     lambda: Deep(interval=3),
@@ -321,7 +288,7 @@ PATTERNS = [
 ]
 
 
-@pytest.mark.parametrize("make", PATTERNS, ids=["rollout", "chosen", "evict", "deep", "halving"])
+@pytest.mark.parametrize("make", PATTERNS, ids=["chosen", "evict", "deep", "halving"])
 def test_every_pattern_can_be_captured(make: Any) -> None:
     eager, _ = run(make(), buckets=(8, 64))
     recorder = Recorder()

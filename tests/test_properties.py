@@ -32,9 +32,37 @@ BUILT_INS: dict[str, Mapping[str, Any]] = {
     "dkv(variant=prefill)": {"exact": Exact("dkv(variant=prefill)", **ONE_LAYER)},
     "dkv(variant=pd,interval=3,cacheable=un_right)": {"exact": Exact("dkv(variant=pd,interval=3)", **ONE_LAYER)},
     "fast-dllm": {"exact": ["fast-dllm(interval=1)", Exact("fast-dllm", **ONE_LAYER)]},
+    "fast-dllm(full_passes=2,interval=3)": {},
     "fast-dllm(mode=prefix)": {"exact": Exact("fast-dllm(mode=prefix)", **ONE_LAYER)},
     "d2(current_k=3,inflate_w=2)": {"exact": ["d2(refresh=always)", Exact("d2(current_k=12)", n_layers=1)]},
     "d2(current_k=5,rollout_p=0.3,confidence=latest,search=blocks,nucleus=above)": {},
+    "dllm-cache(prompt_interval=3,gen_interval=4)": {
+        "exact": [
+            "dllm-cache(prompt_interval=1,gen_interval=1)",
+            "dllm-cache(prompt_interval=1,transfer_ratio=1)",
+            Exact("dllm-cache", n_layers=1),
+        ]
+    },
+    "dllm-cache(prompt_interval=4,gen_interval=9,transfer_ratio=0.6,first_layer=scheduled)": {},
+    "freecache(block_length=4)": {
+        "exact": [
+            "freecache(refresh_every=1)",
+            Exact("freecache(freeze_prompt=false)"),
+            Exact("freecache", **ONE_LAYER),
+        ]
+    },
+    "freecache(block_length=none,freeze_delay=2,refresh_every=5)": {},
+    "suffix(window=2)": {"equals": [("suffix(window=12)", "fast-dllm(mode=prefix)")]},
+    "suffix(inner=elastic(gamma=0.95),window=1)": {
+        "equals": [("suffix(inner=elastic(gamma=0.95),window=12)", "elastic(gamma=0.95)")]
+    },
+    "suffix(inner=dkv,window=0,decay=gauss,sigma=3)": {"equals": [("suffix(inner=dkv,window=12,decay=gauss)", "dkv")]},
+    "suffix(inner=es-dllm,window=1)": {"exact": "suffix(inner=es-dllm(refresh_every=1),window=12)"},
+    "es-dllm": {"equals": [(f"es-dllm({knobs})", "fast-dllm") for knobs in ("first=none,second=none", "share=1")]},
+    "es-dllm(first=0,second=1,share=0.3,alpha=0.2,refresh_every=4)": {},
+    "sparse-dllm": {"equals": [("sparse-dllm(keep=1)", "fast-dllm(full_passes=2)")]},
+    "sparse-dllm(inner=elastic,keep=0.4,kernel=none)": {"equals": [("sparse-dllm(inner=elastic,keep=1)", "elastic")]},
+    "sparse-dllm(compact=true)": {"equals": [("sparse-dllm(compact=true)", "sparse-dllm")]},
     "spa(interval=5,gen_interval=3,rank=4)": {"exact": ["spa(interval=1)", Exact("spa(rank=1)", **ONE_LAYER)]},
     "spa(border=repaired,ratios=0.5)": {"exact": Exact("spa(border=repaired,warm_up=0)", n_layers=1)},
 }

@@ -69,6 +69,11 @@ DRAWINGS = [
     Drawing("fast-dllm-prefix", "fast-dllm(mode=prefix)"),
     Drawing("fast-dllm-dream", "fast-dllm", model="tiny-dream"),
     Drawing("d2", "d2(current_k=8)", "certainty-prior"),
+    Drawing("dllm-cache", "dllm-cache(prompt_interval=12,gen_interval=6)"),
+    Drawing("freecache", "freecache(block_length=16)"),
+    Drawing("suffix", "suffix(window=4)"),
+    Drawing("es-dllm", "es-dllm(first=0,second=1)"),
+    Drawing("sparse-dllm", "sparse-dllm"),
     Drawing("spa", "spa(interval=16,gen_interval=6,max_ratio=0.5)"),
 ]
 

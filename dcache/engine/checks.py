@@ -25,10 +25,11 @@ class Checks:
         label: the policy as it should be named, e.g. ``'periodic' (my-package 0.1)``.
         state: the batch.
         stores: names of the policy's stores.
+        compact: whether keys are freed between passes, so that one written by an earlier pass may be gone.
     """
 
-    def __init__(self, label: str, state: State, stores: frozenset[str]):
-        self.label, self.state, self.stores = label, state, stores
+    def __init__(self, label: str, state: State, stores: frozenset[str], compact: bool = False):
+        self.label, self.state, self.stores, self.compact = label, state, stores, compact
         self.written: Bools = np.zeros_like(state.valid)  # rows whose K and V some pass has written
         self._flag_shapes: dict[tuple[object, ...], dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
         self._idle = np.zeros(state.batch, dtype=np.int64)
@@ -133,13 +134,24 @@ class Checks:
             if visible.dtype != np.bool_:
                 self.fail(f"visible has dtype {visible.dtype}, expected bool")
             seen = (visible if visible.ndim == 2 else visible.any((0, 2))) & state.valid
-        missing = seen & ~self.written & ~plan.row_mask & self._takes_part(plan)[:, None]
+        missing = seen & ~plan.row_mask & self._takes_part(plan)[:, None]
+        missing = missing if self.compact else missing & ~self.written
         if missing.any():
             b, p = (int(i[0]) for i in np.nonzero(missing))
+            if self.compact:
+                self.fail(
+                    f"sequence {b} attends to position {p}, which this pass does not compute and a store with a "
+                    "capacity may have freed; compute the row, or hide on the device what is not held"
+                )
             self.fail(
                 f"sequence {b} attends to position {p}, whose key and value nobody has written; compute the row in "
                 "this pass or hide it"
             )
+
+    def shadows(self, ask: Ask) -> None:
+        """Shadow rows read the keys of all layers after the pass."""
+        if self.compact and ask.shadow is not None:
+            self.fail("the unmasker asks for shadow rows, which read keys that a store with a capacity has freed")
 
     def _takes_part(self, plan: Plan) -> Bools:
         active: Bools = self.state.active & (plan.row_mask & self.state.valid).any(1)

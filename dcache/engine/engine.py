@@ -19,7 +19,7 @@ from dcache.arrays import Bools, Ints
 from dcache.engine.checks import Checks
 from dcache.engine.inputs import Inputs
 from dcache.engine.layer import Boards, Books, Layer, Pass
-from dcache.engine.network import Network, Stores, Weights
+from dcache.engine.network import ALIGN_SLOTS, Network, Stores, Weights
 from dcache.engine.packet import Packet, fields_of
 from dcache.errors import NumericsError, PolicyError, UnmaskerError, UsageError
 from dcache.kernels.rows import put, take
@@ -106,7 +106,7 @@ class Engine:
         self.model, self.policy, self.unmasker = model, policy, unmasker
         self.buckets = (GPU_BUCKETS if model.device.type == "cuda" else ()) if buckets is None else tuple(buckets)
         self.executor, self.maps, self.debug = executor or Eager(), maps, debug
-        self._shape: tuple[int, int] | None = None
+        self._shape: tuple[int, int, int | None] | None = None
         self._inspect = False
         with torch.inference_mode():
             policy.prepare(Weights(model))
@@ -123,11 +123,11 @@ class Engine:
 
     @torch.inference_mode()
     def begin(self, state: State) -> None:
-        """Make room for a batch and forget the last one. Buffers are kept while batch and slots stay the same."""
+        """Make room for a batch and forget the last one; buffers are kept while batch, slots and capacity stay."""
         self.state = state
-        extra = self._extra_stores(state.spec)
-        if self._shape != (state.batch, state.slots):
-            self._allocate(state.batch, state.slots, extra)
+        extra, capacity = self._extra_stores(state.spec), self._capacity(state)
+        if self._shape != (state.batch, state.slots, capacity):
+            self._allocate(state.batch, state.slots, extra, capacity)
         else:
             self.stores.clear(self.debug)
         if state.guided != (self.unmasker.sampling.guidance > 0):
@@ -136,7 +136,7 @@ class Engine:
                 f"guided={state.guided}; both say whether each text has a second sequence whose prompt is masked"
             )
         self._valid = torch.from_numpy(state.valid).to(self.model.device)[:, None]
-        self.checks = Checks(self.label, state, frozenset(extra))
+        self.checks = Checks(self.label, state, frozenset(extra), compact=capacity is not None)
         self.inputs = Inputs(state, self.buckets)
         self.network.on_preload(self.checks.preloaded)
         self.policy.begin(self.network, state)
@@ -155,17 +155,30 @@ class Engine:
                 )
         return extra
 
-    def _allocate(self, batch: int, slots: int, extra: dict[str, int]) -> None:
+    def _capacity(self, state: State) -> int | None:
+        """Keys held per sequence and layer, as the policy says, aligned on a GPU; None if that is all of them."""
+        capacity = self.policy.capacity(state)
+        if capacity is None:
+            return None
+        if not isinstance(capacity, int) or capacity < 1:
+            raise PolicyError(
+                f"policy {self.label}: capacity() is {capacity!r}, expected at least 1 key, or None for all"
+            )
+        if self.model.device.type != "cpu":
+            capacity = -(-capacity // ALIGN_SLOTS) * ALIGN_SLOTS
+        return capacity if capacity < state.slots else None
+
+    def _allocate(self, batch: int, slots: int, extra: dict[str, int], capacity: int | None) -> None:
         model, device = self.model, self.model.device
         self.executor.forget()  # whatever it holds was recorded on the buffers that are replaced here
-        self.stores = Stores(model, batch, slots, extra, self.debug)
+        self.stores = Stores(model, batch, slots, extra, self.debug, capacity)
         self.boards = Boards(model.spec.n_layers, batch, slots, device, self.maps)
         self.layers = [Layer(model, block, i, self.stores, self.boards) for i, block in enumerate(model.blocks())]
         self.network = Network(model, self.layers, batch, slots)
         self.top = torch.zeros(batch, slots + 1, model.spec.d_model, device=device, dtype=model.dtype)
         self.have = torch.zeros(batch, slots + 1, device=device, dtype=torch.bool)
         self._prepared: dict[Hashable, Prepared] = {}
-        self._shape = (batch, slots)
+        self._shape = (batch, slots, capacity)
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -187,6 +200,7 @@ class Engine:
         """One pass; `before` is what the first pass of a reviewed step saw."""
         second = before is not None
         self.checks.plan(plan, second)
+        self.checks.shadows(ask)
         arrays = self.inputs.arrays(plan, ask)
         key = (*self.inputs.key(plan, arrays), second)
         prepared = self._prepared.get(key)
@@ -252,7 +266,9 @@ class Engine:
                 layer.enter(current, current.rows, current.live)
             else:
                 rows, h = self._enter(current, layer, h)
+            layer.unpack()
             stream = self._layer(layer, rows, h)
+            layer.pack()
             rows, h = self.checks.stream(layer.index, stream, h, current.start is not None, self._inspect)
         put(self.top, rows, h, current.lanes)
         here = torch.ones_like(rows, dtype=torch.bool)  # a Python True would be copied from the host

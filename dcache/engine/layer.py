@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from dcache.engine.network import Stores
 from dcache.kernels.attend import attend, attend_each, hide
-from dcache.kernels.attention_probs import head_mean, probs, received
+from dcache.kernels.attention_probs import head_mean, probs, products, received
 from dcache.kernels.drift import drift
 from dcache.kernels.rotary import rotary
 from dcache.kernels.rows import put, take
@@ -108,7 +108,8 @@ class Layer:
         index: number of the layer, from 0.
         last: whether it is the last one.
         dump: number of the dump slot.
-        q: (batch, heads, n, head_dim) queries of the latest `refresh` in this layer.
+        q: (batch, heads, n, head_dim) queries of the latest `refresh` or `attend` in this layer.
+        q_rows: (batch, n) int64, the rows they are of.
         stores: this layer's part of every store, all sequences; `stored` and `store` read and write rows of it.
     """
 
@@ -117,14 +118,29 @@ class Layer:
         self.spec = model.spec
         self._model, self._block, self._boards = model, block, boards
         self.stores = {name: layers[index] for name, layers in stores.tensors.items()}
+        self._held = stores
         self._pass: Pass | None = None
         self._stream: Tensor | None = None
         self._live: Tensor | None = None
         self.q: Tensor | None = None
+        self.q_rows: Tensor | None = None
 
     def enter(self, current: Pass, rows: Tensor, live: Tensor) -> None:
         """Engine only: the pass this layer takes part in, the rows of its plan here, and the live sequences."""
-        self._pass, self._stream, self._live, self.q = current, rows, live, None
+        self._pass, self._stream, self._live, self.q, self.q_rows = current, rows, live, None, None
+
+    @property
+    def compact(self) -> bool:
+        """Whether keys and values are freed between passes: see `hold`."""
+        return self._held.capacity is not None
+
+    def unpack(self) -> None:
+        """Engine only: bring back what this layer holds."""
+        self._held.unpack(self.index, self._lanes)
+
+    def pack(self) -> None:
+        """Engine only: keep what this layer holds, after it ran."""
+        self._held.pack(self.index, self._lanes)
 
     @property
     def now(self) -> Pass:
@@ -195,7 +211,7 @@ class Layer:
         if "Q" in self.stores:
             self.store("Q", rows, q)
         self.write(rows, k, v)
-        self.q = q
+        self.q, self.q_rows = q, rows
         return q
 
     def attend(self, rows: Tensor, q: Tensor) -> Tensor:
@@ -204,6 +220,7 @@ class Layer:
         Counts `rows` as computed.
         """
         self._count("rows", rows)
+        self.q, self.q_rows = q, rows
         return attend(q, *self._keys(), self.visible).transpose(1, 2).flatten(2)
 
     def finish(self, h: Tensor, o: Tensor) -> Tensor:
@@ -267,6 +284,17 @@ class Layer:
         if k is not None:
             put(self.stores["K"], rows, k, self._lanes)
 
+    def hold(self, mask: Tensor, which: Tensor) -> None:
+        """From the end of this layer on, hold the keys and values of `mask` alone, until this is said anew.
+
+        Without a `CachePolicy.capacity` all are held, and this does nothing.
+
+        Args:
+            mask: (batch, slots) bool, in each sequence no more than the capacity.
+            which: (batch,) bool: the sequences to change.
+        """
+        self._held.hold(self.index, mask, which, self._lanes)
+
     def output(self, o: Tensor) -> Tensor:
         """Output projection: (batch, n, heads * head_dim) -> (batch, n, d_model)."""
         return self._block.output(o)
@@ -296,6 +324,10 @@ class Layer:
     def head_mean(self, q: Tensor) -> Tensor:
         """Attention rows averaged over heads: (batch, n, slots + 1) float32."""
         return pad(head_mean(q, self._keys()[0], self.visible), (0, 1))
+
+    def products(self, q: Tensor) -> Tensor:
+        """Dot products of queries with keys, not scaled, averaged over heads: (batch, n, slots + 1) float32."""
+        return pad(products(q, self._keys()[0], self.visible), (0, 1))
 
     def similarity(self, past: Tensor, now: Tensor, rows: Tensor, over: str) -> Tensor:
         """Mean cosine of two results of `probs` for the real ones of `rows`: (batch,); see `dcache.kernels.drift`."""

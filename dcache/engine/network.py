@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dcache.arrays import Bools, positions
-from dcache.kernels.rows import put
+from dcache.errors import UsageError
+from dcache.kernels.rows import put, take
 from dcache.models.transformer import Block, ModelSpec, Transformer
 
 if TYPE_CHECKING:
@@ -22,33 +23,135 @@ class Stores:
     """Every tensor that outlives a pass: (batch, heads, slots + 1, head_dim) or (batch, slots + 1, width) per layer.
 
     Slot `slots` is the dump slot: padded rows write there, it stays finite, and it is never visible.
+
+    With a capacity, the K and V of `tensors` are one workspace that all layers share. What a layer holds between two
+    passes is in `held`; `unpack` spreads it over the workspace before the layer runs, `pack` collects it after that.
+
+    Args:
+        model: gives sizes, device and dtype.
+        batch: sequences.
+        slots: positions of the canvas.
+        extra: stores of the policy, name to width.
+        poison: fill with NaN what nobody wrote, or holds, so that reading it shows.
+        capacity: keys and values held per sequence and layer; None holds all.
+
+    Attributes:
+        tensors: name to one tensor per layer, as layers read and write it.
+        held: with a capacity, "K" and "V" to (batch, kv_heads, capacity, head_dim) per layer.
+        positions: (layers, batch, capacity) int64: which they are, ascending, padded with the dump slot; or None.
     """
 
-    def __init__(self, model: Transformer, batch: int, slots: int, extra: dict[str, int], poison: bool):
-        spec, self.slots = model.spec, slots
+    def __init__(
+        self,
+        model: Transformer,
+        batch: int,
+        slots: int,
+        extra: dict[str, int],
+        poison: bool,
+        capacity: int | None = None,
+    ):
+        spec, self.slots, self.capacity, self.poison = model.spec, slots, capacity, poison
         wide = slots + 1 if model.device.type == "cpu" else -(-(slots + 1) // ALIGN_SLOTS) * ALIGN_SLOTS
         heads = {"K": spec.n_kv_heads, "V": spec.n_kv_heads, "Q": spec.n_heads}
         widths = {"K": spec.kv_width, "V": spec.kv_width, **extra}
+        n = spec.n_layers
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=model.device, dtype=model.dtype)
+
         self.tensors: dict[str, list[Tensor]] = {}
+        self.held: dict[str, list[Tensor]] = {}
+        self.positions: Tensor | None = None
         for name, width in widths.items():
             split = name in heads
             shape = (batch, heads[name], wide, width // heads[name]) if split else (batch, wide, width)
-            self.tensors[name] = [
-                torch.zeros(shape, device=model.device, dtype=model.dtype) for _ in range(spec.n_layers)
-            ]
+            if capacity is not None and name in ("K", "V"):
+                self.tensors[name] = [zeros(*shape)] * n
+                self.held[name] = [zeros(batch, spec.n_kv_heads, capacity, spec.head_dim) for _ in range(n)]
+            else:
+                self.tensors[name] = [zeros(*shape) for _ in range(n)]
+        if capacity is not None:
+            self.positions = torch.empty(n, batch, capacity, dtype=torch.int64, device=model.device)
         self.clear(poison)
 
     def clear(self, poison: bool = False) -> None:
         """Forget everything; with `poison`, fill with NaN so that reading what nobody wrote shows."""
+        self.poison = poison
         for layers in self.tensors.values():
             for x in layers:
-                x.fill_(float("nan") if poison else 0)
-                x.select(-2, self.slots).zero_()
+                self._wipe(x)
+        for layers in self.held.values():
+            for x in layers:
+                x.zero_()
+        if self.positions is not None:
+            self.positions.fill_(self.slots)
+
+    def _wipe(self, x: Tensor) -> None:
+        x.fill_(float("nan") if self.poison else 0)
+        x.select(-2, self.slots).zero_()
+
+    def unpack(self, layer: int, lanes: Tensor | None) -> None:
+        """Before a layer runs: what it holds goes to its place in the workspace. Device work; `lanes` as in `take`."""
+        if self.positions is None:
+            return
+        where = pick(self.positions[layer], lanes)
+        for name, layers in self.held.items():
+            if self.poison:
+                self._wipe(self.tensors[name][layer])
+            put(self.tensors[name][layer], where, pick(layers[layer], lanes), lanes)
+
+    def pack(self, layer: int, lanes: Tensor | None) -> None:
+        """After a layer ran: keep what it holds from now on."""
+        if self.positions is None:
+            return
+        where = pick(self.positions[layer], lanes)
+        for name, layers in self.held.items():
+            values = take(self.tensors[name][layer], where, lanes)
+            if lanes is None:
+                layers[layer].copy_(values)
+            else:
+                layers[layer].index_copy_(0, lanes, values)
+
+    def hold(self, layer: int, mask: Tensor, which: Tensor, lanes: Tensor | None) -> None:
+        """Change what a layer holds: `mask` (batch, slots) bool for the sequences `which` (batch,) bool."""
+        if self.positions is None:
+            return
+        slot = torch.arange(self.slots, device=mask.device)
+        chosen = torch.where(mask, slot, self.slots).sort(dim=-1).values[:, : self.capacity]
+        table = self.positions[layer]
+        chosen = torch.where(which[:, None], chosen, pick(table, lanes))
+        if lanes is None:
+            table.copy_(chosen)
+        else:
+            table.index_copy_(0, lanes, chosen)
+
+    @torch.inference_mode()
+    def spread(self, name: str) -> list[Tensor]:
+        """Copies of a store, one per layer, with a place for each slot; NaN or 0 where nothing is held."""
+        copies = []
+        for layer in range(len(self.tensors[name])):
+            self.unpack(layer, None)
+            copies.append(self.tensors[name][layer].clone())
+        return copies
+
+    @property
+    def all(self) -> dict[str, list[Tensor]]:
+        """Every tensor once, by store; "positions" is the table of a store with a capacity."""
+        found = {
+            name: list({id(x): x for x in (*layers, *self.held.get(name, ()))}.values())
+            for name, layers in self.tensors.items()
+        }
+        return found if self.positions is None else {**found, "positions": [self.positions]}
 
     @property
     def n_bytes(self) -> dict[str, int]:
         """Bytes held, by store."""
-        return {name: sum(x.numel() * x.element_size() for x in layers) for name, layers in self.tensors.items()}
+        return {name: sum(x.numel() * x.element_size() for x in tensors) for name, tensors in self.all.items()}
+
+
+def pick(x: Tensor, lanes: Tensor | None) -> Tensor:
+    """The lanes of a tensor (sequences, ...)."""
+    return x if lanes is None else x.index_select(0, lanes)
 
 
 class Weights:
@@ -115,6 +218,8 @@ class Network(Weights):
             k: (batch, kv_heads, n, head_dim), rotated for these positions.
             v: (batch, kv_heads, n, head_dim).
         """
+        if self.layers[layer].compact:
+            raise UsageError("keys cannot be preloaded into a store that holds some of them; return None from capacity")
         where = torch.from_numpy(positions(rows, int(rows.sum(1).max()), self.slots)).to(self.device)
         put(self.layers[layer].stores["K"], where, k)
         put(self.layers[layer].stores["V"], where, v)

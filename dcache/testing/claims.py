@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from dcache.errors import UsageError
-from dcache.policy import Plan
+from dcache.policy import Filter, Plan
 from dcache.state import State
 from dcache.testing.golden.base import Watched
+from dcache.testing.inner import Inner
 from dcache.testing.recorder import Recorder
 from dcache.testing.runs import Canvas, Maker, Refused, Run, changed, commits, policy_of, refusal, same_decisions, where
 from dcache.testing.subject import Exact, Subject, maker_text
@@ -214,12 +215,13 @@ def remasked_rows_are_decoded_again(subject: Subject, canvas: Canvas) -> None:
 
 @claim()
 def a_committed_row_is_computed_again_with_its_token(subject: Subject, canvas: Canvas) -> None:
-    """Within `Subject.patience` steps: until then its K and V are those of the mask."""
-    run = plain(subject.policy, canvas)
+    """In layer 0, within `Subject.patience` steps: until then its K and V are those of the mask."""
+    watch = watched(subject, canvas)
+    run = watch.run
     for b in each(run):
         waiting: dict[int, int] = {}  # position to the step of its commit
         for n, step in enumerate(run.steps(b)):
-            computed = step.rows[b] if step.again is None else step.rows[b] | step.again[b]
+            computed = watch.embedded[n][b]  # a sequence takes part in every step up to its last
             waiting = {p: since for p, since in waiting.items() if not computed[p] and not step.remask[b, p]}
             for p, since in waiting.items():
                 assert n - since < subject.patience, (
@@ -248,9 +250,10 @@ def every_byte_is_reported_and_returned(subject: Subject, canvas: Canvas) -> Non
     gc.freeze()  # what is there already is of no interest, and looking through it takes a second
     try:
         run = Run(subject.policy, canvas).go()
-        held = {name: sum(x.nbytes for x in layers) for name, layers in run.engine.stores.tensors.items()}
+        held = {name: sum(x.nbytes for x in layers) for name, layers in run.engine.stores.all.items()}
         assert run.engine.store_bytes == held, f"reports {run.engine.store_bytes} bytes, but the stores hold {held}"
         asked = {"K", "V", *run.policy.stores(model.spec)}
+        asked |= {"positions"} if run.engine.stores.capacity is not None else set()
         assert set(held) == asked, f"the stores are {sorted(held)}, asked for were {sorted(asked)}"
         once = sum(x.nbytes for x in tensors())
         run.again()
@@ -267,6 +270,12 @@ def tensors() -> list[Tensor]:
     """Every tensor that Python has made since the last freeze and still holds."""
     gc.collect()
     return [x for x in gc.get_objects() if type(x) is Tensor]
+
+
+@claim()
+def every_visible_key_has_been_written(subject: Subject, canvas: Canvas) -> None:
+    """By this pass or an earlier one, in the layer that attends to it; what a policy decides on the device included."""
+    no_faults(watched(subject, canvas).faults["visible"])
 
 
 # -- what is computed -------------------------------------------------------------------------------------------------
@@ -306,7 +315,8 @@ def an_idle_step_changes_no_logits(subject: Subject, canvas: Canvas) -> None:
 
     def planning(state: State) -> Plan:
         made = plan(state)
-        hidden.append(None if made.visible is None else np.array(made.visible))
+        shown = made.visible.numpy() if isinstance(made.visible, Tensor) else made.visible
+        hidden.append(None if shown is None else shown.copy())  # a tensor may be written again in the pass
         return made
 
     vars(run.policy)["plan"] = planning
@@ -314,13 +324,21 @@ def an_idle_step_changes_no_logits(subject: Subject, canvas: Canvas) -> None:
     for n, (last, step) in enumerate(zip(run.trace, run.trace[1:], strict=False), 1):
         for b in where(last.active & step.active & ~last.commit.any(1) & ~last.remask.any(1)):
             within = all((step.maps[name][:, b] <= last.maps[name][:, b]).all() for name in step.maps)
-            if not within or last.drop[b].any() or not np.array_equal(hidden[n - 1], hidden[n]):
+            if not within or last.drop[b].any() or not same_visible(hidden[n - 1], hidden[n], b):
                 continue
             for p in listener.logits[n][b].keys() & listener.logits[n - 1][b].keys():
                 off = float((listener.logits[n][b][p] - listener.logits[n - 1][b][p]).abs().max())
                 assert off <= SAME, (
                     f"step {n}, sequence {b}, position {p}: no token changed, yet its logits moved by {off:.3g}"
                 )
+
+
+def same_visible(one: np.ndarray | None, other: np.ndarray | None, b: int) -> bool:
+    """Whether a sequence sees the same keys in two passes; the arrays are those of `Plan.visible`."""
+    if one is None or other is None or one.ndim != other.ndim:
+        return one is other
+    axis = 0 if one.ndim == 2 else 1
+    return np.array_equal(one.take(b, axis), other.take(b, axis))
 
 
 @claim()
@@ -368,6 +386,14 @@ def a_second_run_on_the_same_engine_is_the_first_again(subject: Subject, canvas:
     same_runs(run, plain(subject.policy, canvas), "the first run on a fresh engine")
 
 
+@claim(share=0.25)
+def another_model_prepares_the_policy_again(subject: Subject, canvas: Canvas) -> None:
+    """A policy object that has served one model decodes with the next, of other weights and depth, as a fresh one."""
+    policy = policy_of(subject.policy)
+    Run(lambda: policy, changed(canvas, {"seed": canvas.seed + 1, "n_layers": canvas.n_layers + 1})).go()
+    same_runs(Run(lambda: policy, canvas).go(), plain(subject.policy, canvas), "a fresh policy")
+
+
 def same_runs(found: Run, expected: Run, told: str) -> None:
     """Assert equality of every step, bit for bit."""
     assert len(found.trace) == len(expected.trace), f"took {len(found.trace)} steps, {len(expected.trace)} in {told}"
@@ -387,6 +413,19 @@ def same_bits(found: np.ndarray, expected: np.ndarray, place: str, told: str) ->
             f"{place}, sequence {b}, position {p}: found confidence {found[b, p]:.9f}, expected {expected[b, p]:.9f} "
             f"({told})"
         )
+
+
+# -- around whom ------------------------------------------------------------------------------------------------------
+
+
+@claim(share=0.5, needs=lambda s: None if isinstance(policy_of(s.policy), Filter) else "it wraps no other policy")
+def a_filter_keeps_what_its_inner_policy_says(subject: Subject, canvas: Canvas) -> None:
+    """The inner policy is prepared, begun, asked, run and reviewed as if alone; what it hides stays hidden."""
+    for check in (Inner.ask, Inner.decode):
+        policy = policy_of(subject.policy)
+        assert isinstance(policy, Filter)
+        check(heard := Inner(policy), canvas)
+        no_faults(heard.faults)
 
 
 # -- with whom --------------------------------------------------------------------------------------------------------

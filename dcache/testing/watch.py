@@ -1,7 +1,7 @@
 """One run with every pass watched from outside: what was written, what was counted, what was read back.
 
-Nothing here trusts the engine's books: rows are counted where `Layer.attend` and `Layer.write` are called, and stores
-are compared bit for bit around every pass.
+Nothing here trusts the engine's books: rows are counted where `Layer.attend` and `Layer.write` are called, what a layer
+sees is read when it attends, and stores are compared bit for bit around every pass.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from dcache.engine.layer import Layer
 from dcache.engine.packet import Packet
+from dcache.errors import NumericsError
 from dcache.kernels.rows import put, take
 from dcache.policy import Plan
 from dcache.testing.runs import Canvas, Run
@@ -71,22 +72,30 @@ class Watch:
 
     Attributes:
         faults: what was found, by the claim that it breaks; each a sentence with step, sequence and position.
-        kept: row-layers whose K or V some pass reused.
+        kept: keys and values that some pass reused, counted apart.
+        embedded: per step, (batch, slots) bool: rows whose key and value layer 0 wrote. There they depend on the token
+            alone.
     """
 
     def __init__(self, run: Run):
         self.run, self.faults, self.kept = run, defaultdict[str, list[str]](list), 0
+        self.embedded: list[np.ndarray] = []
         self.downloads = 0
         self._reads, self._attention = HostReads(), Attention()
         self._layer = run.policy.layer
-        self._at: Layer | None = None
-        self._here: list[Tensor] = []  # rows written in the layer that runs
+        self._here: list[tuple[str, Tensor]] = []  # stores and rows written in the layer that runs
+        self._written: dict[str, np.ndarray] = {}  # in this pass, by store
         self._counted: dict[str, np.ndarray] = {}
         self._mapped: dict[str, np.ndarray] = {}
 
     @property
     def _shape(self) -> tuple[int, int, int]:
-        return len(self.run.engine.layers), self.run.state.batch, self.run.state.slots
+        state = self.run.state
+        return state.spec.n_layers, state.batch, state.slots
+
+    def _blank(self) -> dict[str, np.ndarray]:
+        """For K and V apart, (layers, batch, slots) bool."""
+        return {name: np.zeros(self._shape, dtype=bool) for name in "KV"}
 
     def note(self, claim: str, message: str) -> None:
         """Keep a fault."""
@@ -108,10 +117,13 @@ class Watch:
         try:
             with self._hooks():
                 self.run.go()
+        except NumericsError:  # what nobody wrote is NaN; the fault names the key
+            if not self.faults["visible"]:
+                raise
         finally:
             for owner, names in ((engine, ("run", "rerun")), (policy, ("plan", "review", "layer"))):
                 for name in names:
-                    vars(owner).pop(name)
+                    vars(owner).pop(name, None)  # the engine, naming a layer, takes the hook away too
         return self
 
     @contextmanager
@@ -122,16 +134,21 @@ class Watch:
         download = Packet.download
 
         def attending(at: Layer, rows: Tensor, q: Tensor) -> Tensor:
-            self._mark("rows", at, self._count("rows", at, rows))
+            _mark(self._mapped["rows"], at, self._count("rows", at, rows))
+            self._sees(at)
             self._attention.counted = True
             try:
                 return cast(Tensor, attend(at, rows, q))
             finally:
                 self._attention.counted = False
 
-        def writing(at: Layer, rows: Tensor, k: Tensor, v: Tensor) -> None:
-            self._mark("kv_rows", at, self._count("kv_rows", at, rows))
-            self._here.append(rows)
+        def writing(at: Layer, rows: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> None:
+            real = self._real(at, rows) if v is None else self._count("kv_rows", at, rows)
+            if v is not None:
+                _mark(self._mapped["kv_rows"], at, real)
+            for name in [name for name, x in (("K", k), ("V", v)) if x is not None]:
+                _mark(self._written[name], at, real)
+                self._here.append((name, rows))
             write(at, rows, k, v)
 
         def shadowing(at: Layer, rows: Tensor, h: Tensor) -> Tensor:
@@ -174,20 +191,22 @@ class Watch:
     def _step(self, plan: Plan, call: Callable[[], Any]) -> Any:
         self._counted = {name: np.zeros(self._shape, dtype=np.int64) for name in ("rows", "kv_rows")}
         self._mapped = {name: np.zeros(self._shape, dtype=bool) for name in ("rows", "kv_rows")}
+        self.embedded.append(np.zeros(self._shape[1:], dtype=bool))
         return self._pass(plan, call)
 
     def _pass(self, plan: Plan, call: Callable[[], Any]) -> Any:
         engine, state = self.run.engine, self.run.state
-        before = {name: [x.clone() for x in engine.stores.tensors[name]] for name in "KV"}
-        self._written = np.zeros(self._shape, dtype=bool)
+        before = {name: engine.stores.spread(name) for name in "KV"}
+        self._written = self._blank()
         self.downloads = 0
         seen = call()
         if self.downloads != 1:
             self.note("syncs", f"{self._step_text}: the pass brought results to the host {self.downloads} times, not 1")
         rows = plan.row_mask & state.valid & state.active[:, None]
         for name, layers in before.items():
-            for index, old in enumerate(layers):
-                self._compare(name, index, old, engine.stores.tensors[name][index], rows)
+            for index, (old, new) in enumerate(zip(layers, engine.stores.spread(name), strict=True)):
+                self._compare(name, index, old, new, rows)
+        self.embedded[-1] |= self._written["K"][0] & self._written["V"][0]
         self._books()
         return seen
 
@@ -196,10 +215,10 @@ class Watch:
         slots = self.run.state.slots
         bits = old[:, :, :slots].view(torch.int32) != new[:, :, :slots].view(torch.int32)
         moved = bits.any(-1).any(1).numpy()  # (batch, slots)
-        self.kept += int((self.run.state.valid & self.run.state.active[:, None] & ~self._written[index]).sum())
+        self.kept += int((self.run.state.valid & self.run.state.active[:, None] & ~self._written[name][index]).sum())
         for claim, allowed, why in (
             ("kept", rows, "although the plan does not compute the row"),
-            ("fresh", self._written[index], "although the layer did not write the row with at.write"),
+            ("fresh", self._written[name][index], f"although the layer did not write {name} of the row with at.write"),
         ):
             for b, p in np.argwhere(moved & ~allowed)[:1]:
                 self.note(
@@ -230,6 +249,7 @@ class Watch:
 
     def _in_layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         self._here = []
+        shown = None if at.visible is None else at.visible.clone()
         with self._attention:
             stream = self._layer(at, rows, h)
         if self._attention.found:
@@ -239,40 +259,75 @@ class Watch:
             )
         inputs = torch.full((h.shape[0], at.dump + 1, h.shape[-1]), float("nan"), dtype=h.dtype)
         put(inputs, rows, h)
-        for written in self._here:
-            self._projected(at, written, inputs)
+        for name, written in self._here:
+            self._projected(at, name, written, inputs)
+        for b, p in np.argwhere(self._written["K"][at.index] & ~self._written["V"][at.index])[:1]:
+            self.note(
+                "books",
+                f"{self._step_text}, sequence {b}, position {p}, layer {at.index}: its key was written without "
+                "its value, so the row is not counted",
+            )
+        if shown is not None and at.visible is not None and not torch.equal(shown, at.visible):
+            self.note(
+                "visible",
+                f"{self._step_text}, layer {at.index}: the layer changed at.visible, an input of the pass; write to a "
+                "buffer of your own, which the next plan hands over",
+            )
         return stream
 
-    def _projected(self, at: Layer, rows: Tensor, inputs: Tensor) -> None:
-        """K and V in the store against a projection of the layer's input by the model itself."""
+    def _sees(self, at: Layer) -> None:
+        """Every key that a live sequence attends to is there, and so is its value: what nobody wrote is NaN."""
+        lanes, live = at.lanes.numpy(), at.live.numpy()[:, None]
+        shown = self.run.state.valid[lanes] if at.visible is None else at.visible.any(1).numpy()  # (lanes, slots)
+        for name in "KV":
+            blank = at.stores[name][:, :, : at.dump].isnan().any(-1).any(1).numpy()[lanes]
+            for lane, p in np.argwhere(shown & blank & live)[:1]:
+                self.note(
+                    "visible",
+                    f"{self._step_text}, sequence {lanes[lane]}, position {p}: layer {at.index} attends to it, but "
+                    f"nobody has written its {name} there; compute the row or hide it",
+                )
+
+    def _projected(self, at: Layer, name: str, rows: Tensor, inputs: Tensor) -> None:
+        """K or V in the store against a projection of the layer's input by the model itself."""
         h = take(inputs, rows)
         if "H" in at.stores:
             h = torch.where(h.isnan(), at.stored("H", rows), h)
         model = self.run.canvas.model
         block = list(model.blocks())[at.index]
-        _, *fresh = block.project(block.normed(h), *model.angles(rows.clamp_max(at.dump - 1)))
-        for name, expected in zip("KV", fresh, strict=True):
-            off = ~torch.isclose(at.stored(name, rows), expected, rtol=FRESH, atol=FRESH)
-            for lane, i in (off.any(-1).any(1) & (rows < at.dump)).nonzero()[:1].tolist():
-                found, want = at.stored(name, rows)[lane, :, i].flatten(), expected[lane, :, i].flatten()
-                place = f"{self._step_text}, sequence {int(at.lanes[lane])}, position {int(rows[lane, i])}"
-                told = f"{place}: {name} of layer {at.index} is [{found[0]:.4f}, {found[1]:.4f}, ...], "
-                told += f"a fresh projection of the layer's input is [{want[0]:.4f}, {want[1]:.4f}, ...]"
-                self.note("fresh", told)
+        (expected,) = block.project(block.normed(h), *model.angles(rows.clamp_max(at.dump - 1)), name.lower())
+        off = ~torch.isclose(at.stored(name, rows), expected, rtol=FRESH, atol=FRESH)
+        for lane, i in (off.any(-1).any(1) & (rows < at.dump)).nonzero()[:1].tolist():
+            found, want = at.stored(name, rows)[lane, :, i].flatten(), expected[lane, :, i].flatten()
+            place = f"{self._step_text}, sequence {int(at.lanes[lane])}, position {int(rows[lane, i])}"
+            told = f"{place}: {name} of layer {at.index} is [{found[0]:.4f}, {found[1]:.4f}, ...], "
+            told += f"a fresh projection of the layer's input is [{want[0]:.4f}, {want[1]:.4f}, ...]"
+            self.note("fresh", told)
+
+    def _real(self, at: Layer, rows: Tensor) -> list[tuple[int, np.ndarray]]:
+        """Real ones of `rows`, by number of the sequence in the batch; each may stand in a list once."""
+        real = [(b, rows[lane][rows[lane] < at.dump].numpy()) for lane, b in enumerate(at.lanes.tolist())]
+        for b, mine in real:
+            values, often = np.unique(mine, return_counts=True)
+            for p in values[often > 1][:1]:
+                self.note(
+                    "books",
+                    f"{self._step_text}, sequence {b}, position {p}: layer {at.index} has the row twice in one call",
+                )
+        return real
 
     def _count(self, name: str, at: Layer, rows: Tensor) -> list[tuple[int, np.ndarray]]:
-        """Count rows; returns them, by number of the sequence in the batch."""
-        real = [(b, rows[lane][rows[lane] < at.dump].numpy()) for lane, b in enumerate(at.lanes.tolist())]
+        """Count rows; returns the real ones."""
+        real = self._real(at, rows)
         for b, mine in real:
             np.add.at(self._counted[name][at.index, b], mine, 1)
         return real
 
-    def _mark(self, name: str, at: Layer, real: list[tuple[int, np.ndarray]]) -> None:
-        """Note where rows of the canvas were computed, and in this pass written."""
-        for b, mine in real:
-            self._mapped[name][at.index, b, mine] = True
-            if name == "kv_rows":
-                self._written[at.index, b, mine] = True
+
+def _mark(table: np.ndarray, at: Layer, real: list[tuple[int, np.ndarray]]) -> None:
+    """Note rows of the canvas in a table (layers, batch, slots)."""
+    for b, mine in real:
+        table[at.index, b, mine] = True
 
 
 @lru_cache(maxsize=64)

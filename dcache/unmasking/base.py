@@ -176,6 +176,8 @@ class Unmasker(ABC):
     """Where the rule comes from."""
     announces: ClassVar[bool] = False
     """The window of `ask` is exactly what the step commits, so a policy knows the picks before the pass."""
+    shadows: ClassVar[bool] = False
+    """`ask` may ask for shadow rows, which read the keys and values of all layers after a pass."""
 
     config: UnmaskerConfig
 

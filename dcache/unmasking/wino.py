@@ -40,6 +40,7 @@ class WINO(Unmasker):
         at_least: int = Field(1, ge=1, le=MOST, description="net progress of a step in rows")
 
     paper = "WINO, arXiv 2507.18578"
+    shadows = True
     config: Config
 
     def refuses(self, spec: ModelSpec) -> str | None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dcache.kernels.attend import attend
-from dcache.kernels.attention_probs import head_mean, probs, received
+from dcache.kernels.attention_probs import head_mean, probs, products, received
 from dcache.kernels.confidence import best_token, confidence_of
 from dcache.kernels.drift import drift
 from dcache.kernels.noise import uniform
@@ -69,6 +69,10 @@ def test_probabilities_and_their_sums_follow_the_formula(
     weight = torch.tensor([[True, True, False, True, True], [True, False, False, False, False]])
     torch.testing.assert_close(probs(q, k, visible).double(), expected, **CLOSE)
     torch.testing.assert_close(head_mean(q, k, visible).double(), expected.mean(1), **CLOSE)
+    raw = torch.einsum("bhid,bhjd->bij", q.double(), clean(k).double().repeat_interleave(2, dim=1)) / q.shape[1]
+    raw = raw if visible is None or visible.shape[1] > 1 else raw.masked_fill(~visible, 0)
+    if visible is None or visible.shape[1] == 1:
+        torch.testing.assert_close(products(q, k, visible).double(), raw, **CLOSE)
     summed = (expected * weight[:, None, :, None]).sum((1, 2))
     torch.testing.assert_close(received(q, k, weight, visible).double(), summed, **CLOSE)
 

@@ -87,5 +87,5 @@ def test_every_recorded_run_is_checked_but_the_one_that_shows_a_defect():
     runs = [data for data in files if isinstance(data, dict) and {"steps", "settings"} <= data.keys()]
     assert {run["method"] for run in runs} == set(METHODS)
     found = list(cases(root))
-    assert len(found) == len(runs) == 117
+    assert len(found) == len(runs) == 146
     assert [case.name for case in found if case.unsupported] == ["none/strat_14_llada_wino_b16"]

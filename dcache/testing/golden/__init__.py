@@ -15,10 +15,12 @@ from dcache.models.files import one_line
 from dcache.testing.golden.base import Case
 from dcache.testing.golden.d2 import D2Case
 from dcache.testing.golden.dkv import DKVCase
+from dcache.testing.golden.dllm_cache import DLLMCacheCase
 from dcache.testing.golden.elastic import ElasticCase
 from dcache.testing.golden.fast_dllm import FastDLLMCase
 from dcache.testing.golden.loop import NoCacheCase
 from dcache.testing.golden.spa import SPACase
+from dcache.testing.golden.sparse_dllm import SparseDLLMCase
 
 METHODS: dict[str, type[Case]] = {
     "none": NoCacheCase,
@@ -29,6 +31,8 @@ METHODS: dict[str, type[Case]] = {
     "elastic-cache": ElasticCase,
     "fast_dllm": FastDLLMCase,
     "d2-cache": D2Case,
+    "dllm_cache": DLLMCacheCase,
+    "sparse_dllm": SparseDLLMCase,
     "spa": SPACase,
 }
 """Recorded method to the class that checks it."""

@@ -133,12 +133,12 @@ class SPACase(LoopCase):
         if not any(recorded.get("selected", ())):
             return  # all rows are recomputed, or none: there is nothing to compare them by
         equal(f"{where}: selected", sorted(recorded["selected"][b]), sorted(positions(recorded["q_rows"][b])))
-        lanes, compared, cosines = self.similarities[i][layer]
+        lanes, rows, measured = self.similarities[i][layer]
         lane = lanes.index(b)
         begin, expected = len(self.data["prompt"][b]), torch.tensor(recorded["similarity"][b])
         generated = list(range(begin, begin + len(expected)))
-        equal(f"{where}: rows compared", compared[lane].tolist(), generated)
-        close(f"{where}: similarity", cosines[lane], expected, SIMILARITY_TOLERANCE)
+        equal(f"{where}: rows compared", rows[lane].tolist(), generated)
+        close(f"{where}: similarity", measured[lane], expected, SIMILARITY_TOLERANCE)
 
 
 def positions(told: str | Sequence[int]) -> list[int]:
