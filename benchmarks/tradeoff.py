@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -40,22 +40,26 @@ class Line:
         policy: with `VALUE` where the value goes; the same for all points if a setting is swept.
         values: of the knob.
         run: name of the run's setting that takes the value instead.
+        under: settings of the run that this policy needs.
     """
 
     name: str
     policy: str
     values: tuple[object, ...]
     run: str | None = None
+    under: Mapping[str, Any] = field(default_factory=dict)
 
     def points(self) -> Iterable[tuple[object, str, dict[str, Any]]]:
         """Value, policy and changes of the run's settings."""
         for value in self.values:
-            yield value, self.policy.replace("VALUE", str(value)), {} if self.run is None else {self.run: value}
+            swept = {} if self.run is None else {self.run: value}
+            yield value, self.policy.replace("VALUE", str(value)), {**self.under, **swept}
 
 
 REPAIRED = "confidence=latest,search=all,nucleus=above"  # of d2: what the paper says, where the released code differs
 GAMMAS = (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 BLOCKS = (4, 8, 16, 32)
+IN_BLOCKS = {"block_length": 32}
 LINES = [
     Line("elastic, gamma", "elastic(gamma=VALUE)", GAMMAS),
     Line("elastic, window", "elastic(window=VALUE)", (2, 4, 8, 16)),
@@ -75,9 +79,10 @@ LINES = [
     Line("dllm-cache, transfer_ratio", "dllm-cache(transfer_ratio=VALUE)", (0, 0.1, 0.25, 0.5)),
     Line("spa, max_ratio", "spa(max_ratio=VALUE)", (0.1, 0.25, 0.5)),
     Line("spa, gen_interval", "spa(gen_interval=VALUE)", (2, 4, 8, 16)),
-    Line("es-dllm, share", "es-dllm(share=VALUE)", (0.25, 0.5, 0.75)),
-    Line("sparse-dllm, keep", "sparse-dllm(keep=VALUE)", (0.1, 0.3, 0.5, 0.8)),
-    Line("suffix, window", "suffix(window=VALUE)", (0, 4, 8, 16, 32)),
+    Line("es-dllm, share", "es-dllm(share=VALUE)", (0.25, 0.5, 0.75), under=IN_BLOCKS),
+    Line("sparse-dllm, keep", "sparse-dllm(keep=VALUE)", (0, 0.1, 0.3, 0.5, 0.8), under=IN_BLOCKS),
+    Line("suffix, window", "suffix(window=VALUE)", (0, 4, 8, 16, 32), under=IN_BLOCKS),
+    Line("sparse-dllm over elastic, keep", "sparse-dllm(inner=elastic,keep=VALUE)", (0.1, 0.5), under=IN_BLOCKS),
 ]
 SETTINGS: dict[str, dict[str, Any]] = {
     "one-token": {"unmask": "low-confidence", "block_length": 32},

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 NAME = "sparse-dllm"
 SCORES, BLOCK, COUNT, CANDIDATES = (f"{NAME} {what}" for what in ("scores", "block", "count", "candidates"))
-PUBLISHED: Final = "fast-dllm(full_passes=2)"
+PUBLISHED: Final = "fast-dllm(full_passes={})"  # what is wrapped: a dual cache, and how many passes compute all rows
 
 
 class SparseDLLM(Filter):
@@ -63,7 +63,7 @@ class SparseDLLM(Filter):
         )
         compact: bool = Field(False, description="free the evicted keys and values, rather than hide them")
         inner: str = Field(
-            PUBLISHED, description="the policy that says which rows are computed; full_passes follows delay"
+            PUBLISHED.format(2), description="the policy that says which rows are computed; full_passes follows delay"
         )
 
         @field_validator("kernel")
@@ -77,7 +77,7 @@ class SparseDLLM(Filter):
         def _inner_waits(self) -> SparseDLLM.Config:
             """As published, all rows are computed until the keys have been scored."""
             if "inner" not in self.model_fields_set:
-                object.__setattr__(self, "inner", PUBLISHED.replace("2", str(self.delay + 1)))
+                object.__setattr__(self, "inner", PUBLISHED.format(self.delay + 1))
             return self
 
     paper = "Sparse-dLLM: Accelerating Diffusion LLMs with Dynamic Cache Eviction, arXiv 2508.02558"
@@ -97,7 +97,7 @@ class SparseDLLM(Filter):
                 return (
                     f"compact=true frees keys once a block has scored them, in its pass {delay}, and inner policy "
                     f"{self.inner.name!r} does not compute all rows anew in passes 0 to {delay} of each block; use "
-                    f"{PUBLISHED.replace('2', str(delay + 1))} or none, or hide keys without freeing them"
+                    f"{PUBLISHED.format(delay + 1)} or none, or hide keys without freeing them"
                 )
             if unmasker.shadows or unmasker.config.window is not None:
                 why = "reads all keys for its shadow rows" if unmasker.shadows else "slides over one block"

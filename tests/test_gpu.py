@@ -24,6 +24,7 @@ pytestmark = [
 ]
 POLICIES = ["none", "elastic", "elastic(gamma=0.99,track_num=3)", "dkv(interval=4)", "dkv(variant=prefill)"]
 POLICIES += ["dkv(variant=pd,interval=3,cacheable=un_right)", "fast-dllm", "fast-dllm(mode=prefix)"]
+POLICIES += ["sparse-dllm", "sparse-dllm(inner=elastic)"]
 POLICIES += [
     "d2(current_k=3,inflate_w=2)",
     "d2(current_k=5,rollout_p=0.3,confidence=latest,search=blocks,nucleus=above)",
@@ -87,6 +88,18 @@ def assert_same(cpu: list[Step], gpu: list[Step]) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_gpu_commits_what_a_cpu_does(policy: str, shift: int, seed: int) -> None:
     assert_same(go("cpu", policy, seed, shift)[0], go("cuda", policy, seed, shift)[0])
+
+
+def test_freed_keys_are_not_missed_on_a_gpu() -> None:
+    """On a canvas much longer than the multiple of slots to which held keys are padded there."""
+    model, runs = on("cuda", 0), {}
+    for compact in ("false", "true"):
+        policy = make_policy(f"sparse-dllm(keep=0.2,compact={compact})")
+        engine = Engine(model, policy, make_unmasker("low-confidence", Sampling(after_end="decode")), debug=True)
+        state = State(model.spec, [[i % 30 for i in range(n)] for n in (110, 90)], [16, 12], 4)
+        runs[compact] = decode(engine, state), engine.store_bytes
+    assert_same(runs["false"][0], runs["true"][0])
+    assert runs["true"][1]["K"] < runs["false"][1]["K"]
 
 
 @pytest.mark.parametrize("unmask", UNMASKERS)
