@@ -4,7 +4,7 @@ Each kind of policy has a row of panels of its own, with the points of all other
 
 Accuracy stands as the difference from no cache under the same settings of the run, since a line may sweep one of them.
 The bars are one standard error of the policy's accuracy. Both decode the same problems, so the error of the difference
-is smaller.
+is smaller. Points of more than 20 points of accuracy lost, or an agreement below 0.9, lie below the panels.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ GROUPS = {
 }
 MARKERS = "osD^vP*X<>hdp"
 DASHES = ("-", "--", ":", "-.")
+LOWEST, FARTHEST = -20, 0.9  # accuracy lost, agreement: what falls further is cut off, and stands in the table
 LOOKS = {
     "svg.hashsalt": "dcache",  # the same points give the same file
     "svg.fonttype": "none",  # words stay words
@@ -68,6 +69,9 @@ def draw(points: Sequence[Point], caption: str, path: Path) -> None:
             left.set_ylabel("accuracy - no cache, points")
             right.set_ylabel("agreement with no cache")
             right.legend(*left.get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        for axes, lowest in zip(panels[0], (LOWEST, FARTHEST), strict=True):
+            axes.set_ylim(bottom=max(axes.get_ylim()[0], lowest))
+        panels[0][1].set_ylim(top=1 + 0.04 * (1 - panels[0][1].get_ylim()[0]))
         for axes in panels[-1]:
             axes.set_xlabel("row-layers computed, of those without a cache")
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
