@@ -237,7 +237,8 @@ def heading(conditions: Conditions) -> list[str]:
     extras += ["end-of-text forbidden"] * bool(run["forbid_eos"])
     extras += [f"eos-last {run['eos_last']}"] * (run["eos_last"] != "off")
     extras += [f"after-end {run['after_end']}"] * (run["after_end"] != DecodeSettings.model_fields["after_end"].default)
-    extras += [f"every {run['fill_every']} steps"] * (run.get("fill_every", 1) > 1)
+    every = run.get("fill_every", 1)  # results of earlier versions do not say
+    extras += [f"every {every} steps"] * (every > 1)
     unmask = _unmask(c)
     parts = [
         f"{c.task} {c.split}" if c.split else c.task,

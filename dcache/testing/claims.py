@@ -431,7 +431,7 @@ def a_filter_keeps_what_its_inner_policy_says(subject: Subject, canvas: Canvas) 
 # -- with whom --------------------------------------------------------------------------------------------------------
 
 
-@claim(share=0.5)
+@claim(share=0.3)
 def every_unmasker_works_or_is_refused_with_a_reason(subject: Subject, canvas: Canvas) -> None:
     """On models with and without a logit shift; what works gives the same in a batch as alone."""
     for shift in (0, 1):
