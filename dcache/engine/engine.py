@@ -118,8 +118,8 @@ class Engine:
 
     @property
     def store_bytes(self) -> dict[str, int]:
-        """Bytes held by the stores, by name."""
-        return self.stores.n_bytes
+        """Bytes held for the policy: its stores, K and V among them, and its buffers, by name."""
+        return self.stores.n_bytes | {f"buffer {name}": x.nbytes for name, x in self.buffers.items()}
 
     @torch.inference_mode()
     def begin(self, state: State) -> None:
@@ -139,7 +139,9 @@ class Engine:
         self.checks = Checks(self.label, state, frozenset(extra), compact=capacity is not None)
         self.inputs = Inputs(state, self.buckets)
         self.network.on_preload(self.checks.preloaded)
+        self.network.asked()
         self.policy.begin(self.network, state)
+        self.buffers = self.network.asked()
         self.unmasker.begin(self.network, state)
 
     def _extra_stores(self, spec: ModelSpec) -> dict[str, int]:

@@ -193,6 +193,7 @@ class Network(Weights):
         self.batch, self.slots = batch, slots
         self.layers = layers
         self._buffers: dict[str, Tensor] = {}
+        self._asked: set[str] = set()
         self._preloaded: Callable[[Bools], None] = lambda rows: None
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -200,10 +201,17 @@ class Network(Weights):
 
         The same name and shape give the same tensor for every batch, so that a captured pass stays valid.
         """
+        self._asked.add(name)
         held = self._buffers.get(name)
         if held is None or held.shape != shape or held.dtype != dtype:
             held = self._buffers[name] = torch.empty(shape, dtype=dtype, device=self.device)
         return held.zero_()
+
+    def asked(self) -> dict[str, Tensor]:
+        """Engine only: the buffers that were asked for since the last call."""
+        found = {name: self._buffers[name] for name in sorted(self._asked)}
+        self._asked = set()
+        return found
 
     def on_preload(self, note: Callable[[Bools], None]) -> None:
         """Engine only: who keeps the list of written rows."""

@@ -245,14 +245,15 @@ def reused_rows_keep_their_bits(subject: Subject, canvas: Canvas) -> None:
 
 @claim(share=0.2, lengths=((7, 8), (1, 4), (12, 12)))
 def every_byte_is_reported_and_returned(subject: Subject, canvas: Canvas) -> None:
-    """Reported stores are those that exist; a second batch takes no more; nothing is left when the engine goes."""
+    """Reported stores and buffers are those that exist; a second batch takes no more; nothing is left when the engine goes."""
     model = canvas.model
     gc.freeze()  # what is there already is of no interest, and looking through it takes a second
     try:
         run = Run(subject.policy, canvas).go()
         held = {name: sum(x.nbytes for x in layers) for name, layers in run.engine.stores.all.items()}
+        held |= {f"buffer {name}": x.nbytes for name, x in run.engine.buffers.items()}
         assert run.engine.store_bytes == held, f"reports {run.engine.store_bytes} bytes, but the stores hold {held}"
-        asked = {"K", "V", *run.policy.stores(model.spec)}
+        asked = {"K", "V", *run.policy.stores(model.spec), *(f"buffer {name}" for name in run.engine.buffers)}
         asked |= {"positions"} if run.engine.stores.capacity is not None else set()
         assert set(held) == asked, f"the stores are {sorted(held)}, asked for were {sorted(asked)}"
         once = sum(x.nbytes for x in tensors())

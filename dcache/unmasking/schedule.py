@@ -102,7 +102,7 @@ class Span:
 def progress(steps: int, eps: float) -> Floats:
     """(steps,) float32: share of the masked rows that each step of the linear schedule commits, the last one all."""
     t = torch.linspace(1, eps, steps + 1)
-    share: Floats = (1 - t[1:] / t[:-1]).numpy()
+    share: Floats = (1 - t[1:] / t[:-1]).numpy().copy()  # kept, so without the tensor behind it
     share[-1] = 1.0
     return share
 
