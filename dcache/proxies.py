@@ -4,7 +4,8 @@ With ``W_v = U S Vh``, the proxy of rank r is ``W_r = diag(S[:r]) Vh[:r]``: ``W_
 the value ``W_v h`` in the basis U, so at full rank their cosines are those of the values themselves. Sign and rotation
 do not matter. ``W_r = U[:, :r].T W_v``, and U are eigenvectors of ``W_v W_v.T``, which are found in float64.
 
-For a large model that takes a minute, so the result is kept in a file, named by a checksum of the weights.
+For a large model that takes seconds on a GPU and longer on a CPU, so the result is kept in a file, named by a checksum
+of the weights.
 """
 
 from __future__ import annotations
