@@ -189,16 +189,22 @@ class Filter(CachePolicy):
 
     def __init__(self, inner: CachePolicy | str | None = None, config: PolicyConfig | None = None, **knobs: object):
         super().__init__(config, **(knobs if not isinstance(inner, str) else {**knobs, "inner": inner}))
-        self.inner = inner if isinstance(inner, CachePolicy) else self._make_inner()
+        given = getattr(self.config, "inner", None) if inner is None else inner
+        self.inner = given if isinstance(given, CachePolicy) else self._make_inner(given)
 
-    def _make_inner(self) -> CachePolicy:
+    def _make_inner(self, text: object) -> CachePolicy:
         from dcache.plugins import make_policy
 
-        assert isinstance(self.config, FilterConfig), "the knobs of a filter that makes its inner policy have `inner`"
+        name = self.name or type(self).__name__
+        if not isinstance(text, str):
+            raise UsageError(
+                f"policy {name!r} wraps another policy, and was given {text!r}; give inner as an instance of "
+                "CachePolicy or as text such as 'elastic(gamma=0.95)', or let its Config derive from FilterConfig"
+            )
         try:
-            return make_policy(self.config.inner)
+            return make_policy(text)
         except UsageError as error:
-            raise UsageError(f"policy {self.name!r}: inner={self.config.inner}: {error}") from None
+            raise UsageError(f"policy {name!r}: inner={text}: {error}") from None
 
     @abstractmethod
     def restrict(self, state: State, plan: Plan) -> Plan:

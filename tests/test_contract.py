@@ -39,6 +39,7 @@ from dcache.plugins import plugins
 from dcache.policies.dkv import DKVCache
 from dcache.policies.elastic import ElasticCache
 from dcache.policies.none import NoCache
+from dcache.policies.suffix import Suffix
 from dcache.testing.models import random_model
 from dcache.testing.recorder import Recorder, SyncError
 from dcache.unmasking.base import Ask, Picks, Unmasker
@@ -246,6 +247,17 @@ def test_a_filter_that_keeps_every_key_equals_its_inner_policy() -> None:
         trace, _ = run(Evict(inner, keep=1.0))
         assert commits(trace) == commits(plain)
         assert [s.start is None for s in trace] == [s.start is None for s in plain]
+
+
+@pytest.mark.parametrize("inner", [DKVCache, 5, None])
+def test_a_filter_refuses_what_is_no_policy(inner: Any) -> None:
+    with pytest.raises(UsageError, match=r"wraps another policy.* give inner as an instance"):
+        Evict(inner)
+
+
+def test_a_filter_makes_its_inner_policy_from_text() -> None:
+    assert isinstance(Suffix("dkv(interval=4)").inner, DKVCache)
+    assert isinstance(Suffix(inner=DKVCache()).inner, DKVCache)
 
 
 def test_a_filter_that_hides_keys_changes_confidences() -> None:

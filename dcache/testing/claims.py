@@ -245,7 +245,7 @@ def reused_rows_keep_their_bits(subject: Subject, canvas: Canvas) -> None:
 
 @claim(share=0.2, lengths=((7, 8), (1, 4), (12, 12)))
 def every_byte_is_reported_and_returned(subject: Subject, canvas: Canvas) -> None:
-    """Reported stores and buffers are those that exist; a second batch takes no more; nothing is left when the engine goes."""
+    """Reported stores and buffers exist; a second batch takes no more; nothing is left when the engine goes."""
     model = canvas.model
     gc.freeze()  # what is there already is of no interest, and looking through it takes a second
     try:

@@ -12,7 +12,6 @@ from dcache import CachePolicy, State
 from dcache.decode import decode
 from dcache.engine import Engine
 from dcache.models.transformer import Transformer
-from dcache.plugins import plugins
 from dcache.policies.dllm_cache import UNCHANGED, DLLMCache
 from dcache.testing import Canvas
 from dcache.testing.golden.base import Watched
@@ -258,7 +257,6 @@ def test_sequences_of_a_batch_may_be_at_different_steps(seed: int) -> None:
             np.testing.assert_allclose(step.confidence[b, :n], own.confidence[0], atol=1e-4)
 
 
-@pytest.mark.skipif("spa" not in plugins().policies.entries, reason="policy spa is not installed")
 def test_a_response_refreshed_in_every_step_is_spa_with_that_refresh() -> None:
     """SPA-Cache whose generation is refreshed in every step caches the prompt alone, as this does, without a shift."""
     for seed in range(3):

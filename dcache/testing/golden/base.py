@@ -9,7 +9,7 @@ stripped: dcache runs sequences of different lengths, each from slot 0.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -69,6 +69,25 @@ class Watched(Unmasker):
         """Logits (vocab,) that a row gave in a step; None for a last row that predicts no position of the canvas."""
         kept = self.logits[step][b]
         return kept.get(row + self.shift) if row + self.shift == self.end[b] else kept[row + self.shift]
+
+
+class Stored(Watched):
+    """Also keeps what some stores hold after each step: name to (layers, batch, ...)."""
+
+    def __init__(self, inner: Unmasker, names: Iterable[str]):
+        super().__init__(inner)
+        self.names = tuple(names)
+        self.stores: list[dict[str, Tensor]] = []
+
+    def begin(self, net: Any, state: State) -> None:
+        """Begin, with the layers at hand."""
+        super().begin(net, state)
+        self._layers, self.stores = net.layers, []
+
+    def settle(self, state: State, seen: Seen) -> Update:
+        """After the passes of the step."""
+        self.stores.append({name: torch.stack([at.stores[name] for at in self._layers]) for name in self.names})
+        return super().settle(state, seen)
 
 
 def left_padding(data: Mapping[str, Any]) -> list[int]:

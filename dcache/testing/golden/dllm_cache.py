@@ -14,33 +14,15 @@ from dcache.decode import decode
 from dcache.engine import Engine
 from dcache.policies.dllm_cache import DLLMCache
 from dcache.policy import CachePolicy
-from dcache.state import Seen, State
-from dcache.testing.golden.base import Watched, close, equal
+from dcache.testing.golden.base import LOGITS_TOLERANCE, Stored, close, equal
 from dcache.testing.golden.fast_dllm import span
 from dcache.testing.golden.loop import LoopCase
 from dcache.testing.golden.unmaskers import recorded_unmasker
 from dcache.trace import Step
-from dcache.unmasking.base import Update
 
-LOGITS_TOLERANCE = 1e-3  # absolute, float32; these three are stated in the folder's README
-SIMILARITY_TOLERANCE = 1e-5
+SIMILARITY_TOLERANCE = 1e-5  # absolute, as the folder's README states
 TIED = 1e-5  # a gap between the last selected similarity and the first refused one that rounding may close
 WRITTEN_BY = {"K": "k_written", "V": "v_written", "A": "q_rows", "F": "ffn_rows"}  # store to field of the record
-
-
-class Stored(Watched):
-    """Also keeps what the stores hold after each step: name to (layers, batch, ...)."""
-
-    def begin(self, net: Any, state: State) -> None:
-        """Begin, with the layers at hand."""
-        super().begin(net, state)
-        self._layers = net.layers
-        self.stores: list[dict[str, Tensor]] = []
-
-    def settle(self, state: State, seen: Seen) -> Update:
-        """After the pass of the step."""
-        self.stores.append({name: torch.stack([at.stores[name] for at in self._layers]) for name in WRITTEN_BY})
-        return super().settle(state, seen)
 
 
 class DLLMCacheCase(LoopCase):
@@ -60,7 +42,10 @@ class DLLMCacheCase(LoopCase):
         s = self.settings
         ends = tuple(i for i in (s.get("eos_token_id"), s.get("eot_token_id")) if i is not None) or (126,)
         model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], ends)
-        state, watched = self._state(model, self.pads), Stored(recorded_unmasker(self.data, model.spec.vocab_size))
+        state, watched = (
+            self._state(model, self.pads),
+            Stored(recorded_unmasker(self.data, model.spec.vocab_size), WRITTEN_BY),
+        )
         trace = decode(Engine(model.transformer, self.policy(), watched, maps=True, debug=True), state)
         self._compare_commits(trace)
         self._compare_final("final", state, self.pads)
@@ -103,7 +88,7 @@ class DLLMCacheCase(LoopCase):
                 old, new = (x["V"][at, b, :, begin : begin + len(told)].transpose(0, 1).flatten(1) for x in stores)
                 close(f"{where}: similarity", cosine_similarity(old, new, dim=-1), told, SIMILARITY_TOLERANCE)
 
-    def _compare_logits(self, i: int, watched: Watched, recorded: Mapping[str, Any], b: int, pad: int) -> None:
+    def _compare_logits(self, i: int, watched: Stored, recorded: Mapping[str, Any], b: int, pad: int) -> None:
         number = recorded["step"]
         if (logits := self.tensors.get(f"logits.{number}")) is None:
             return

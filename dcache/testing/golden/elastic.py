@@ -16,39 +16,23 @@ from dcache.engine import Engine
 from dcache.models.transformer import ModelSpec
 from dcache.policies.elastic import ElasticCache
 from dcache.policies.none import NoCache
-from dcache.state import Seen, State
+from dcache.state import State
 from dcache.testing.golden.base import (
     CONFIDENCE_TOLERANCE,
     LOGITS_TOLERANCE,
     SIMILARITY_TOLERANCE,
     Case,
-    Watched,
+    Stored,
     close,
     equal,
 )
 from dcache.trace import Step
-from dcache.unmasking.base import Sampling, Unmasker, Update
+from dcache.unmasking.base import Sampling, Unmasker
 from dcache.unmasking.confidence import LowConfidence, Threshold
 
 SNAPSHOT_OF = "window_exceeds_gen"  # the case whose stores were recorded after one step
 SNAPSHOT_TOLERANCE = 1e-3  # absolute; these two are stated in the folder's README
 NORM_TOLERANCE = 1e-4
-
-
-class Stored(Watched):
-    """Also keeps what the stores hold after each step: name to (layers, slots + 1, ...)."""
-
-    def begin(self, net: Any, state: State) -> None:
-        """Begin, with the layers at hand."""
-        super().begin(net, state)
-        self._layers = net.layers
-        self.stores: list[dict[str, Tensor]] = []
-
-    def settle(self, state: State, seen: Seen) -> Update:
-        """After the passes of the step."""
-        stores = {name: torch.stack([at.stores[name][0] for at in self._layers]) for name in "HQKV"}
-        self.stores.append(stores)
-        return super().settle(state, seen)
 
 
 class ElasticCase(Case):
@@ -72,7 +56,7 @@ class ElasticCase(Case):
         prompts = [self.data["prompt_ids"]]
         state = State(model.spec, prompts, s["gen_length"])
         policy = ElasticCache(gamma=s["gamma"], track_num=s["track_num"], block_caching=s["block_caching"])
-        watched = Stored(self._unmasker())
+        watched = Stored(self._unmasker(), "HQKV")
         engine = Engine(model.transformer, policy, watched, debug=True)
         trace = decode(engine, state)
         for step, recorded in zip(trace, self.data["steps"], strict=False):
@@ -105,7 +89,7 @@ class ElasticCase(Case):
         published = [total if layer >= begin else fed for layer in range(layers)]
         equal(f"step {i}: row-layers as published", published, recorded["rows_per_layer"])
 
-    def _compare_floats(self, trace: list[Step], watched: Watched) -> None:
+    def _compare_floats(self, trace: list[Step], watched: Stored) -> None:
         for step, recorded, logits in zip(trace, self.data["steps"], watched.logits, strict=True):
             i = recorded["step"]
             for layer, value in enumerate(recorded["similarity"]):
@@ -138,5 +122,5 @@ class ElasticCase(Case):
             held = stores[int(snapshot.metadata()["after_step"])]
             for layer in range(spec.n_layers):
                 for name, part in zip("HQKV", "xqkv", strict=True):
-                    found, expected = held[name][layer], snapshot.get_tensor(f"layer_{layer}.{part}")
+                    found, expected = held[name][layer, 0], snapshot.get_tensor(f"layer_{layer}.{part}")
                     close(f"snapshot, layer {layer}: {part}", found.narrow(-2, 0, total), expected, SNAPSHOT_TOLERANCE)
