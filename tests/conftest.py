@@ -1,6 +1,9 @@
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
 
 import atexit
 import importlib.util
@@ -27,7 +30,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    import torch
     from hypothesis import settings
 
     torch.set_num_threads(1)  # the models are tiny, and tests run side by side

@@ -1,0 +1,46 @@
+"""Which implementation of an operation runs: its Triton kernel on a GPU, its torch twin elsewhere.
+
+Every op has a twin ``op_ref``, which defines the result, a launcher ``op_triton``, and ``op``, which chooses. The twin
+also runs where a gradient is wanted, since kernels have none, and everywhere with ``DCACHE_KERNELS=torch`` in the
+environment: the way to find out whether a kernel is to blame for a difference.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this platform
+
+    class _Missing:
+        """Lets kernel modules be imported; decorators return the function, and nothing can be launched."""
+
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __call__(self, *given: Any, **more: Any) -> Any:
+            return given[0] if given and callable(given[0]) else self
+
+    triton = tl = _Missing()
+
+HAVE_TRITON = isinstance(triton.__version__, str)
+CHOICES = ("triton", "torch")
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether the kernel runs for `x`."""
+    return x.is_cuda and ENABLED and not torch.is_grad_enabled()
+
+
+def _enabled() -> bool:
+    choice = os.environ.get("DCACHE_KERNELS", "triton")
+    if choice not in CHOICES:
+        raise ImportError(f"DCACHE_KERNELS is {choice!r}, expected one of {', '.join(CHOICES)}")
+    return HAVE_TRITON and choice == "triton"
+
+
+ENABLED = _enabled()
