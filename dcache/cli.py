@@ -84,6 +84,7 @@ EosLast = Annotated[str | None, setting(DecodeSettings, "eos_last")]
 AfterEnd = Annotated[str | None, setting(DecodeSettings, "after_end")]
 FillEvery = Annotated[str | None, setting(DecodeSettings, "fill_every", metavar=COUNT)]
 BatchSize = Annotated[str | None, setting(DecodeSettings, "batch_size", metavar=COUNT)]
+NoGraphs = Annotated[bool | None, setting(DecodeSettings, "no_graphs")]
 
 
 def given(**values: Any) -> dict[str, Any]:
@@ -145,6 +146,7 @@ def compare(
     after_end: AfterEnd = None,
     fill_every: FillEvery = None,
     batch_size: BatchSize = None,
+    no_graphs: NoGraphs = None,
     device: Device = None,
     dtype: Dtype = None,
     family: FamilyName = None,
@@ -158,6 +160,7 @@ def compare(
         split=split, limit=limit, repeats=repeats, gen_length=gen_length, block_length=block_length, unmask=unmask,
         temperature=temperature, confidence=confidence, top_p=top_p, top_k=top_k, guidance=guidance, seed=seed,
         forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end, fill_every=fill_every, batch_size=batch_size,
+        no_graphs=no_graphs,
     )  # fmt: skip
     source: Task | str | None = task if prompts is None else Prompts(prompts)
     experiment = Experiment(policy_calls(policies, set_ or [], sweep or []), source, **settings)
@@ -228,6 +231,7 @@ def generate(
     after_end: AfterEnd = None,
     fill_every: FillEvery = None,
     batch_size: BatchSize = None,
+    no_graphs: NoGraphs = None,
     device: Device = None,
     dtype: Dtype = None,
     family: FamilyName = None,
@@ -238,6 +242,7 @@ def generate(
             gen_length=gen_length, block_length=block_length, unmask=unmask, temperature=temperature,
             confidence=confidence, top_p=top_p, top_k=top_k, guidance=guidance, seed=seed, forbid_eos=forbid_eos,
             eos_last=eos_last, after_end=after_end, fill_every=fill_every, batch_size=batch_size,
+            no_graphs=no_graphs,
         )
     )  # fmt: skip
     if (prompt is None) == (prompts is None):

@@ -34,6 +34,9 @@ class DecodeSettings(Sampling):
         "each policy's own paper",
     )
     batch_size: int = Field(1, ge=1, le=MOST, description="prompts decoded together")
+    no_graphs: bool = Field(
+        False, description="launch every kernel by itself instead of replaying CUDA graphs; a CPU has none"
+    )
 
     @model_validator(mode="before")
     @classmethod

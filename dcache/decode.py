@@ -7,16 +7,17 @@ from dcache.state import State
 from dcache.trace import Step
 
 
-def decode(engine: Engine, state: State) -> list[Step]:
+def decode(engine: Engine, state: State, limit: int | None = None) -> list[Step]:
     """Denoise ``state.tokens`` (batch, slots) until no row is masked; return one record per step.
 
     A sequence without masked rows is finished: none of its rows is computed again and its store is not touched.
+    After `limit` steps the loop stops, for measurements that need no more.
     """
     policy, unmasker = engine.policy, engine.unmasker
     engine.begin(state)
-    trace = []
-    while state.active.any():
-        began = perf_counter()
+    trace: list[Step] = []
+    while state.active.any() and len(trace) != limit:
+        began, recorded = perf_counter(), engine.recording
         ask = state.expect(unmasker.ask(state))  # what may be committed, and how many
         plan = policy.plan(state)  # which rows are computed
         seen = engine.run(plan, ask)  # one pass, one sync
@@ -24,6 +25,8 @@ def decode(engine: Engine, state: State) -> list[Step]:
         if again is not None:  # a drift test that fired: the same step once more, from some layer on
             seen = engine.rerun(again, ask, seen)
         update = unmasker.settle(state, seen)
-        trace.append(Step.of(state, plan, again, seen, update, engine, perf_counter() - began))
+        recording = engine.recording - recorded
+        seconds = perf_counter() - began - recording
+        trace.append(Step.of(state, plan, again, seen, update, engine, seconds, recording))
         state.apply(update, seen)
     return trace

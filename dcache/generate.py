@@ -13,6 +13,7 @@ from dcache.calls import Call
 from dcache.config import DEFAULT_GEN_LENGTH, DecodeSettings
 from dcache.decode import decode
 from dcache.engine import Engine
+from dcache.engine.network import ALIGN_SLOTS
 from dcache.errors import UsageError
 from dcache.models.loading import Model
 from dcache.plugins import explain, make_policy, make_unmasker
@@ -100,7 +101,11 @@ class Runner:
         self._check_model()
         self.unmasker = unmasker_of(self.policy, settings) if unmasker is None else unmasker
         self._check_pair()
-        self.engine = Engine(model.transformer, self.policy, self.unmasker, maps=maps, executor=executor)
+        graphs = False if settings.no_graphs else None
+        self.engine = Engine(
+            model.transformer, self.policy, self.unmasker, maps=maps, executor=executor, graphs=graphs
+        )
+        self._slots: int | None = None
 
     def _check_pair(self) -> None:
         spec = self.model.spec
@@ -126,10 +131,24 @@ class Runner:
         """Rows to generate after each prompt."""
         return self.settings.gen_length or DEFAULT_GEN_LENGTH
 
+    def reserve(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Make the canvas wide enough for all of `prompts`, so that buffers and graphs serve every batch of them.
+
+        On a CPU nothing is kept back: a canvas there is as wide as its longest sequence.
+        """
+        if self.model.device.type != "cpu":
+            longest = max(map(len, prompts), default=0) + self.gen_length
+            wide = min(-(-longest // ALIGN_SLOTS) * ALIGN_SLOTS, self.model.spec.max_positions)
+            self._slots = max(self._slots or 0, wide)
+
     def state(self, prompts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> State:
         """The canvas of a batch of token-id prompts; raises UsageError if it does not fit the model."""
-        guided = self.unmasker.sampling.guidance > 0
-        return State(self.model.spec, prompts, self.gen_length, self.settings.block_length, ids=ids, guided=guided)
+        guided, spec = self.unmasker.sampling.guidance > 0, self.model.spec
+        if max(map(len, prompts), default=0) + self.gen_length <= spec.max_positions:  # else State says what is wrong
+            self.reserve(prompts)
+        return State(
+            spec, prompts, self.gen_length, self.settings.block_length, ids=ids, guided=guided, slots=self._slots
+        )
 
     def run(self, prompts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> list[Output]:
         """Decode one batch of token-id prompts; `ids` number them within the whole run, for their noise."""
@@ -196,6 +215,7 @@ def generate(
         raise UsageError(f"prompts is {prompts!r}; {PROMPTS}")
     many: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = [prompt_ids(model, prompt) for prompt in many]
+    runner.reserve(ids)
     outputs: list[Output] = []
     for begin in range(0, len(ids), run.batch_size):
         batch = ids[begin : begin + run.batch_size]

@@ -38,6 +38,7 @@ class Step:
         reports: what the policy's layers reported.
         maps: recompute maps, when asked for.
         seconds: wall time of the step, its sync included.
+        recording: seconds that went into recording graphs for this step and those to come; no part of `seconds`.
     """
 
     step: Ints
@@ -57,10 +58,18 @@ class Step:
     reports: dict[str, np.ndarray] = field(default_factory=dict)
     maps: dict[str, Bools] = field(default_factory=dict)
     seconds: float = 0.0
+    recording: float = 0.0
 
     @staticmethod
     def of(
-        state: State, plan: Plan, again: Plan | None, seen: Seen, update: Update, engine: Engine, seconds: float
+        state: State,
+        plan: Plan,
+        again: Plan | None,
+        seen: Seen,
+        update: Update,
+        engine: Engine,
+        seconds: float,
+        recording: float,
     ) -> Step:
         """Record a step; `state` is still that before it was applied."""
         part = state.valid & state.active[:, None]
@@ -85,6 +94,7 @@ class Step:
             reports=seen.reports,
             maps=engine.count.maps,
             seconds=seconds,
+            recording=recording,
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dcache.kernels.attend import attend
-from dcache.kernels.rms_norm import rms_norm
+from dcache.kernels.rms_norm import add_rms_norm, rms_norm
 from dcache.kernels.rotary import rotary, rotary_table
 from dcache.kernels.swiglu import swiglu
 
@@ -144,6 +144,20 @@ class Block(nn.Module):
         y = rms_norm(h, self.norm2, self.spec.norm_eps)
         return linear(swiglu(linear(y, self.gate_up)), self.down)
 
+    def finish(self, h: Tensor, o: Tensor) -> Tensor:
+        """Both residual additions of a layer, inference only: ``h + output(o)``, then ``+ ffn`` of that.
+
+        The first addition shares a kernel with the norm behind it; the second is done by the last product, which adds
+        to its result in float32 and rounds once.
+
+        Args:
+            h: (batch, rows, d_model), input of the layer; left alone.
+            o: (batch, rows, heads * head_dim), result of the attention.
+        """
+        h, y = add_rms_norm(h, self.output(o), self.norm2, self.spec.norm_eps)
+        h.flatten(0, 1).addmm_(swiglu(linear(y, self.gate_up)).flatten(0, 1), self.down.T)
+        return h
+
 
 class Transformer(nn.Module):
     """Embedding, blocks, final norm and head.
@@ -169,7 +183,8 @@ class Transformer(nn.Module):
             if spec.tied_head
             else nn.Parameter(torch.empty(spec.vocab_size, spec.d_model, device=device, dtype=dtype))
         )
-        cos, sin = rotary_table(spec.max_positions, spec.head_dim, spec.rope_theta, device)
+        # one more than there are positions: padded rows stand at the slot behind the canvas
+        cos, sin = rotary_table(spec.max_positions + 1, spec.head_dim, spec.rope_theta, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

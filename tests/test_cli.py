@@ -99,7 +99,7 @@ def test_every_setting_reaches_the_run(capsys):
     flags = [
         *("--temperature", "0.5", "--seed", "3", "--batch-size", "2", "--unmask", "threshold(threshold=0.5)"),
         *("--forbid-eos", "--eos-last", "on", "--after-end", "drop", "--block-length", "none", "--repeats", "2"),
-        *("--confidence", "filtered", "--top-p", "0.9", "--top-k", "40"),
+        *("--confidence", "filtered", "--top-p", "0.9", "--top-k", "40", "--no-graphs"),
         *("--split", "train", "--dtype", "float64", "--device", "cpu", "--task", "gsm-mini"),
     ]
     assert main([*COMPARE, "dkv", *flags, "--format", "json"]) == 0
@@ -107,7 +107,7 @@ def test_every_setting_reaches_the_run(capsys):
     assert found["settings"] == {
         "gen_length": 8, "block_length": None, "unmask": "threshold(threshold=0.5)", "batch_size": 2,
         "temperature": 0.5, "confidence": "filtered", "top_p": 0.9, "top_k": 40, "guidance": 0.0,
-        "forbid_eos": True, "eos_last": "on", "after_end": "drop", "fill_every": 1,
+        "forbid_eos": True, "eos_last": "on", "after_end": "drop", "fill_every": 1, "no_graphs": True,
     }  # fmt: skip
     assert {k: found[k] for k in ("seed", "repeats", "split", "dtype", "device", "limit", "n_problems")} == {
         "seed": 3, "repeats": 2, "split": "train", "dtype": "float64", "device": "cpu", "limit": 2, "n_problems": 2,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Protocol
 
 import numpy as np
@@ -16,26 +17,37 @@ import torch
 from torch import Tensor
 
 from dcache.arrays import Bools, Ints
+from dcache.engine.aside import Aside
 from dcache.engine.checks import Checks
-from dcache.engine.inputs import Inputs
+from dcache.engine.graphs import Graphs
+from dcache.engine.inputs import Inputs, wider
 from dcache.engine.layer import Boards, Books, Layer, Pass
 from dcache.engine.network import ALIGN_SLOTS, Network, Stores, Weights
 from dcache.engine.packet import Packet, fields_of
 from dcache.errors import NumericsError, PolicyError, UnmaskerError, UsageError
+from dcache.kernels.attend import visible_keys
+from dcache.kernels.confidence import all_finite
 from dcache.kernels.rows import put, take
 from dcache.models.transformer import ModelSpec, Transformer
 from dcache.policy import CachePolicy, Plan
 from dcache.state import Seen, State
 from dcache.unmasking.base import Ask, Asked, Unmasker
 
-GPU_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+# Up to 128 rows a product costs what reading its weights does; above, tiles of 128 rows are what it is made of
+GPU_BUCKETS = (16, 32, 64, 128, 192, *range(256, 2048, 128), *range(2048, 8192, 512), *range(8192, 65537, 2048))
 
 
 class Executor(Protocol):
     """Runs the device work of a pass, which touches static buffers only."""
 
+    def ready(self, key: Hashable) -> bool:
+        """Whether there is a recording of this key, or none is needed."""
+
+    def record(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Make one, without running the work."""
+
     def __call__(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Run `work`, or a recording of it made earlier under the same key."""
+        """Run the work, or the recording."""
 
     def forget(self) -> None:
         """Drop all recordings: the buffers they were made on are gone."""
@@ -43,6 +55,13 @@ class Executor(Protocol):
 
 class Eager:
     """Runs the work as it stands."""
+
+    def ready(self, key: Hashable) -> bool:
+        """Always."""
+        return True
+
+    def record(self, key: Hashable, work: Callable[[], None]) -> None:
+        """There is nothing to record."""
 
     def __call__(self, key: Hashable, work: Callable[[], None]) -> None:
         """Run it."""
@@ -87,9 +106,13 @@ class Engine:
         unmasker: which positions are committed.
         buckets: sizes to which row lists are padded, and with them the number of lanes; () takes exact sizes, the
             default on a CPU.
-        executor: how a pass is run, of this engine's own; None runs it eagerly.
+        graphs: whether passes are recorded as CUDA graphs; None: on a CUDA device.
+        executor: how a pass is run, of this engine's own; None: by graphs, or as it stands.
         maps: keep a recompute map (layers, batch, slots) of every step.
         debug: fill stores with NaN first, so that reading what nobody wrote shows.
+
+    Attributes:
+        recording: seconds spent so far on recording graphs, which is no part of any step.
     """
 
     def __init__(
@@ -99,13 +122,20 @@ class Engine:
         unmasker: Unmasker,
         *,
         buckets: Sequence[int] | None = None,
+        graphs: bool | None = None,
         executor: Executor | None = None,
         maps: bool = False,
         debug: bool = False,
     ):
         self.model, self.policy, self.unmasker = model, policy, unmasker
-        self.buckets = (GPU_BUCKETS if model.device.type == "cuda" else ()) if buckets is None else tuple(buckets)
-        self.executor, self.maps, self.debug = executor or Eager(), maps, debug
+        on_gpu = model.device.type == "cuda"
+        if graphs and not on_gpu:
+            raise UsageError(f"CUDA graphs need a CUDA device, and the model is on {model.device}; leave graphs out")
+        self.buckets = (GPU_BUCKETS if on_gpu else ()) if buckets is None else tuple(buckets)
+        graphs = on_gpu if graphs is None else graphs
+        self.executor: Executor = executor or (Graphs(model.device) if graphs else Eager())
+        self.maps, self.debug, self.recording = maps, debug, 0.0
+        self.beside = Aside(model.device)
         self._shape: tuple[int, int, int | None] | None = None
         self._inspect = False
         with torch.inference_mode():
@@ -120,6 +150,16 @@ class Engine:
     def store_bytes(self) -> dict[str, int]:
         """Bytes held for the policy: its stores, K and V among them, and its buffers, by name."""
         return self.stores.n_bytes | {f"buffer {name}": x.nbytes for name, x in self.buffers.items()}
+
+    @property
+    def graphs(self) -> bool:
+        """Whether passes are recorded as CUDA graphs."""
+        return isinstance(self.executor, Graphs)
+
+    @property
+    def captured(self) -> int:
+        """Graphs recorded so far."""
+        return self.executor.captured if isinstance(self.executor, Graphs) else 0
 
     @torch.inference_mode()
     def begin(self, state: State) -> None:
@@ -175,7 +215,8 @@ class Engine:
         self.executor.forget()  # whatever it holds was recorded on the buffers that are replaced here
         self.stores = Stores(model, batch, slots, extra, self.debug, capacity)
         self.boards = Boards(model.spec.n_layers, batch, slots, device, self.maps)
-        self.layers = [Layer(model, block, i, self.stores, self.boards) for i, block in enumerate(model.blocks())]
+        blocks = enumerate(model.blocks())
+        self.layers = [Layer(model, block, i, self.stores, self.boards, self.beside) for i, block in blocks]
         self.network = Network(model, self.layers, batch, slots)
         self.top = torch.zeros(batch, slots + 1, model.spec.d_model, device=device, dtype=model.dtype)
         self.have = torch.zeros(batch, slots + 1, device=device, dtype=torch.bool)
@@ -223,6 +264,10 @@ class Engine:
             prepared.outputs = Packet(fields_of(results), self.model.device)
             self._deliver(prepared, results)
         else:
+            if not self.executor.ready(key):
+                began = perf_counter()
+                self.executor.record(key, lambda: self._deliver(prepared, self._forward(prepared, second)))
+                self.recording += perf_counter() - began
             self.executor(key, lambda: self._deliver(prepared, self._forward(prepared, second)))
         prepared.outputs.download()
         return self._seen(prepared, arrays, before)
@@ -243,6 +288,7 @@ class Engine:
             whole=n_lanes == self.state.batch,
             rows=side["rows"],
             live=side["live"],
+            all_live=bool(arrays["live"].all()) and plan.start is None,
             start=side.get("start"),
             first=self.inputs.first_layer(plan),
             sets={name: side[f"set {name}"] for name in plan.sets},
@@ -259,6 +305,7 @@ class Engine:
         current, side = prepared.current, prepared.inputs.device
         current.books.planned = {name: [0] * len(self.layers) for name in ("rows", "kv_rows")}
         current.books.on_device, current.books.reports = False, []
+        current.keys = None if current.visible is None else visible_keys(current.visible)
         if not second:
             self.have.zero_()
         self.boards.clear()
@@ -270,6 +317,7 @@ class Engine:
                 rows, h = self._enter(current, layer, h)
             layer.unpack()
             stream = self._layer(layer, rows, h)
+            layer.leave()
             layer.pack()
             rows, h = self.checks.stream(layer.index, stream, h, current.start is not None, self._inspect)
         put(self.top, rows, h, current.lanes)
@@ -304,7 +352,7 @@ class Engine:
         row = torch.where(real, (where - spec.shift).clamp_min(0), slots)
         predicted = self.have[lanes[:, None], row] & real
         logits = self.model.logits(take(self.top, row, lanes))
-        finite = logits.isfinite().all(-1)
+        finite = all_finite(logits)
         shadow = side.get("shadow")
         shadow_logits = None if shadow is None else self._shadow_logits(current, shadow)
         if self.state.guided:
@@ -383,7 +431,7 @@ class Engine:
                 "window"
             )
         self._account(prepared, arrays, out)
-        written = np.pad(self.checks.written, ((0, 0), (0, 1)))
+        written = wider(self.checks.written)
         written[lanes[:, None], arrays["rows"]] = True
         self.checks.written = written[:, :-1]
 

@@ -35,11 +35,11 @@ class Inputs:
         where = self._positions(read, least=1)
         arrays: dict[str, np.ndarray] = {
             "lanes": lanes,
-            "tokens": np.pad(state.tokens[lanes], ((0, 0), (0, 1))),
+            "tokens": wider(state.tokens[lanes]),
             "rows": self._positions((plan.row_mask & state.valid & part[:, None])[lanes], least=1),
             "live": part[lanes],
             "where": where,
-            "window": np.take_along_axis(np.pad(ask.window[lanes], ((0, 0), (0, 1))), where, 1),
+            "window": _at(wider(ask.window[lanes]), where),
             "sequence": state.ids[lanes, None],
             "step": state.step[lanes, None],
         }
@@ -51,7 +51,7 @@ class Inputs:
             arrays[f"flag {name}"] = self._with_dump(flag)[lanes]
         for name, flag in ask.flags.items():
             mine = self._with_dump(flag)[lanes]
-            arrays[f"ask {name}"] = np.take_along_axis(mine, where, 1) if flag.ndim == 2 else mine
+            arrays[f"ask {name}"] = _at(mine, where) if flag.ndim == 2 else mine
         if ask.shadow is not None:
             shadow = ask.shadow & state.valid & state.active[:, None]
             arrays["shadow"] = self._positions(shadow[lanes], least=1)
@@ -60,10 +60,11 @@ class Inputs:
         return arrays
 
     def key(self, plan: Plan, arrays: dict[str, np.ndarray]) -> tuple[Hashable, ...]:
-        """Kind, marks, first layer and all shapes: what a recording of the pass depends on."""
+        """Kind, marks, first layer, whether all lanes are live, and all shapes: what a recording depends on."""
         shapes = tuple((name, value.shape, value.dtype.str) for name, value in arrays.items())
         device_mask = tuple(plan.visible.shape) if isinstance(plan.visible, Tensor) else None
-        return plan.kind, *sorted(plan.marks.items()), self.first_layer(plan), device_mask, shapes
+        live = bool(arrays["live"].all())
+        return plan.kind, *sorted(plan.marks.items()), self.first_layer(plan), live, device_mask, shapes
 
     def lanes(self, part: Bools) -> Ints:
         """The sequences of a pass: those that take part, and as many of the others as fill the bucket.
@@ -118,4 +119,16 @@ class Inputs:
 
     def _with_dump(self, flag: np.ndarray) -> np.ndarray:
         """A (batch, slots) flag with a last column of 0 for the dump slot."""
-        return np.pad(flag, ((0, 0), (0, 1))) if flag.shape == self.state.valid.shape else flag
+        return wider(flag) if flag.shape == self.state.valid.shape else flag
+
+
+def wider(x: np.ndarray) -> np.ndarray:
+    """(n, slots) with a last column of 0 for the dump slot; a tenth of the time of `np.pad`."""
+    table = np.zeros((x.shape[0], x.shape[1] + 1), x.dtype)
+    table[:, :-1] = x
+    return table
+
+
+def _at(table: np.ndarray, where: Ints) -> np.ndarray:
+    """Entries (lanes, w) of a table (lanes, slots + 1)."""
+    return table[np.arange(len(table))[:, None], where]

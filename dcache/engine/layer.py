@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear
 
+from dcache.engine.aside import Aside
 from dcache.engine.network import Stores
-from dcache.kernels.attend import attend, attend_each, hide
+from dcache.kernels.attend import Keys, attend, attend_each, attend_lse, hide
 from dcache.kernels.attention_probs import head_mean, probs, products, received
 from dcache.kernels.drift import drift
-from dcache.kernels.rotary import rotary
-from dcache.kernels.rows import put, take
+from dcache.kernels.rms_norm import rms_norm_keep
+from dcache.kernels.rotary import rotary, rotary_scatter
+from dcache.kernels.rows import put, take, tally
 from dcache.models.transformer import Block, Transformer
+
+FEW_ROWS = 1024  # rows of a pass up to which a layer keeps what its softmax found, for statistics of the same queries
 
 
 @dataclass
@@ -43,12 +48,14 @@ class Pass:
         whole: whether the lanes are all sequences.
         rows: (batch, n) int64, padded with the dump slot.
         live: (batch,) bool: sequences that take part.
+        all_live: whether that is every lane, from the first layer on.
         start: (batch,) int64 first layer of each sequence, or None when all start from the embedding.
         first: lowest layer that any sequence starts at; the layers below it do not run.
         sets: name to (batch, k) int64.
         flags: name to tensor.
         visible: (batch, 1, slots) or (layers, batch, 1 or kv_heads, slots) bool, or None when no key is hidden.
         books: the accounts of this kind of pass.
+        keys: the visible keys as lists, made of `visible` at the start of the pass.
     """
 
     kind: Hashable
@@ -57,12 +64,14 @@ class Pass:
     whole: bool
     rows: Tensor
     live: Tensor
+    all_live: bool
     start: Tensor | None
     first: int
     sets: Mapping[str, Tensor]
     flags: Mapping[str, Tensor]
     visible: Tensor | None
     books: Books
+    keys: Keys | None = None
 
 
 class Boards:
@@ -108,15 +117,15 @@ class Layer:
         index: number of the layer, from 0.
         last: whether it is the last one.
         dump: number of the dump slot.
-        q: (batch, heads, n, head_dim) queries of the latest `refresh` or `attend` in this layer.
+        q: (batch, heads, n, head_dim) queries of the latest `refresh` or `attend` in this layer, while it runs.
         q_rows: (batch, n) int64, the rows they are of.
         stores: this layer's part of every store, all sequences; `stored` and `store` read and write rows of it.
     """
 
-    def __init__(self, model: Transformer, block: Block, index: int, stores: Stores, boards: Boards):
+    def __init__(self, model: Transformer, block: Block, index: int, stores: Stores, boards: Boards, beside: Aside):
         self.index, self.last, self.dump = index, index == model.spec.n_layers - 1, stores.slots
         self.spec = model.spec
-        self._model, self._block, self._boards = model, block, boards
+        self._model, self._block, self._boards, self._beside = model, block, boards, beside
         self.stores = {name: layers[index] for name, layers in stores.tensors.items()}
         self._held = stores
         self._pass: Pass | None = None
@@ -124,10 +133,16 @@ class Layer:
         self._live: Tensor | None = None
         self.q: Tensor | None = None
         self.q_rows: Tensor | None = None
+        self._lse: tuple[Tensor, Tensor] | None = None  # queries, and the logarithm of their softmax's denominator
 
     def enter(self, current: Pass, rows: Tensor, live: Tensor) -> None:
         """Engine only: the pass this layer takes part in, the rows of its plan here, and the live sequences."""
-        self._pass, self._stream, self._live, self.q, self.q_rows = current, rows, live, None, None
+        self._pass, self._stream, self._live, self.q, self.q_rows, self._lse = current, rows, live, None, None, None
+
+    def leave(self) -> None:
+        """Engine only: the layer has run; what ran beside it is over before its tensors are let go."""
+        self._beside.join()
+        self.q = self.q_rows = None
 
     @property
     def compact(self) -> bool:
@@ -188,6 +203,17 @@ class Layer:
         visible = self.now.visible
         return visible[self.index] if visible is not None and visible.dim() == 4 else visible
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is computed inside is only reported: on a GPU it runs beside the rest of the layer.
+
+        Inside, read the stores, sets and flags, the arguments of `layer` and `at.q`; what is made inside may be used
+        in a later ``with at.aside()`` of the same layer, and nowhere else. The stores are not written before it is
+        done, so place it after the writes that it should see and before those that it should not.
+        """
+        with self._beside.run():
+            yield
+
     # -- an ordinary layer is these three calls -------------------------------------------------------------------
 
     def compute(self, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,12 +231,27 @@ class Layer:
         Returns:
             queries (batch, heads, n, head_dim), rotated.
         """
-        if "H" in self.stores:
-            self.store("H", rows, h)
-        q, k, v = self.project(rows, h)
-        if "Q" in self.stores:
-            self.store("Q", rows, q)
-        self.write(rows, k, v)
+        block, spec, stores = self._block, self.spec, self.stores
+        if "H" in stores:
+            self._beside.join()
+            y = rms_norm_keep(h, block.norm1, spec.norm_eps, stores["H"], rows, self._lanes)
+        else:
+            y = block.normed(h)
+        qkv = linear(y, block.qkv)
+        self._beside.join()
+        q = rotary_scatter(
+            qkv,
+            block.qkv_bias,
+            rows,
+            self._model.cos,
+            self._model.sin,
+            spec.rope_full_precision,
+            stores["K"],
+            stores["V"],
+            self._lanes,
+            stores.get("Q"),
+        )
+        self._count("kv_rows", rows)
         self.q, self.q_rows = q, rows
         return q
 
@@ -221,12 +262,16 @@ class Layer:
         """
         self._count("rows", rows)
         self.q, self.q_rows = q, rows
-        return attend(q, *self._keys(), self.visible).transpose(1, 2).flatten(2)
+        given = q, *self._keys(), self.visible, self._lanes, self._listed()
+        if q.shape[0] * q.shape[2] > FEW_ROWS:
+            return attend(*given).transpose(1, 2).flatten(2)
+        o, lse = attend_lse(*given)
+        self._lse = q, lse
+        return o.transpose(1, 2).flatten(2)
 
     def finish(self, h: Tensor, o: Tensor) -> Tensor:
         """Output projection, residual, MLP, residual: (batch, n, d_model)."""
-        h = h + self.output(o)
-        return h + self.ffn(h)
+        return self._block.finish(h, o)
 
     def shadow(self, rows: Tensor, h: Tensor) -> Tensor:
         """Engine only: one layer of shadow rows, which see the store without their own position, and each other.
@@ -239,7 +284,7 @@ class Layer:
             h (batch, k, d_model); the stores are left alone.
         """
         q, k, v = self.project(rows, h)
-        stored = self._keys()
+        stored = tuple(x if self._lanes is None else x.index_select(0, self._lanes) for x in self._keys())
         slots = torch.arange(self.dump, device=rows.device)
         others = (slots != rows[..., None])[:, None]  # (batch, 1, k, slots)
         if self.visible is not None:
@@ -278,6 +323,8 @@ class Layer:
         A layer that writes more values than keys writes the values first. Keys alone are not counted, since their
         rows were, with their values.
         """
+        self._beside.join()
+        self._lse = None
         if v is not None:
             self._count("kv_rows", rows)
             put(self.stores["V"], rows, v, self._lanes)
@@ -309,29 +356,30 @@ class Layer:
 
     def store(self, name: str, rows: Tensor, x: Tensor) -> None:
         """Overwrite a store of the policy's own at `rows`, in the shape that `stored` returns."""
+        self._beside.join()
         put(self.stores[name], rows, x, self._lanes)
 
     # -- statistics over visible keys -----------------------------------------------------------------------------
 
     def probs(self, q: Tensor) -> Tensor:
         """Attention probabilities of queries: (batch, heads, n, slots + 1) float32; for small sets."""
-        return pad(probs(q, self._keys()[0], self.visible), (0, 1))
+        return probs(q, self._keys()[0], self.visible, self._lanes)
 
     def received(self, q: Tensor, weight: Tensor) -> Tensor:
         """Attention per key, summed over heads and weighted rows: `weight` (batch, n) -> (batch, slots + 1) float32."""
-        return pad(received(q, self._keys()[0], weight, self.visible), (0, 1))
+        return received(q, self._keys()[0], weight, self.visible, self._lanes, self._lse_of(q))
 
     def head_mean(self, q: Tensor) -> Tensor:
         """Attention rows averaged over heads: (batch, n, slots + 1) float32."""
-        return pad(head_mean(q, self._keys()[0], self.visible), (0, 1))
+        return head_mean(q, self._keys()[0], self.visible, self._lanes, self._lse_of(q))
 
     def products(self, q: Tensor) -> Tensor:
         """Dot products of queries with keys, not scaled, averaged over heads: (batch, n, slots + 1) float32."""
-        return pad(products(q, self._keys()[0], self.visible), (0, 1))
+        return products(q, self._keys()[0], self.visible, self._lanes)
 
     def similarity(self, past: Tensor, now: Tensor, rows: Tensor, over: str) -> Tensor:
         """Mean cosine of two results of `probs` for the real ones of `rows`: (batch,); see `dcache.kernels.drift`."""
-        return drift(past[..., :-1], now[..., :-1], rows < self.dump, self.visible, over)
+        return drift(past, now, rows < self.dump, self.visible, over)
 
     def report(self, name: str, x: Tensor, per_layer: bool = True) -> None:
         """Hand `x` (batch, ...) to the host with the picks, for the sequences that run this layer.
@@ -353,6 +401,9 @@ class Layer:
             self.now.books.reports.append(name)
             self.now.books.per_layer[name] = per_layer
         place = board[self.index] if per_layer else board
+        if self._lanes is None and self.now.all_live:
+            place.copy_(x)
+            return
         live = self.live.reshape(-1, *([1] * (x.dim() - 1)))
         if self._lanes is None:
             place.copy_(torch.where(live, x, place))
@@ -367,11 +418,18 @@ class Layer:
         return None if self.now.whole else self.now.lanes
 
     def _keys(self) -> tuple[Tensor, Tensor]:
-        """K and V without the dump slot: (batch, kv_heads, slots, head_dim)."""
+        """K and V of all sequences, without the dump slot: (sequences, kv_heads, slots, head_dim)."""
         k, v = (self.stores[name] for name in "KV")
-        if self._lanes is not None:
-            k, v = k.index_select(0, self._lanes), v.index_select(0, self._lanes)
         return k[:, :, : self.dump], v[:, :, : self.dump]
+
+    def _listed(self) -> Keys | None:
+        """The visible keys of this layer as lists."""
+        keys = self.now.keys
+        return Keys(*(x[self.index] for x in keys)) if keys is not None and keys.index.dim() == 4 else keys
+
+    def _lse_of(self, q: Tensor) -> Tensor | None:
+        """What the attention of these very queries found in this layer, if anything did."""
+        return self._lse[1] if self._lse is not None and self._lse[0] is q else None
 
     def _count(self, name: str, rows: Tensor) -> None:
         books = self.now.books
@@ -379,6 +437,6 @@ class Layer:
             books.planned[name][self.index] += 1
         else:
             books.on_device = True
-            self._boards.counters[name][self.index, : len(rows)] += (rows < self.dump).sum(-1)
+            tally(self._boards.counters[name][self.index, : len(rows)], rows, self.dump)
         if self._boards.maps:
             self._boards.maps[name][self.index, : len(rows)].scatter_(1, rows, True)

@@ -75,6 +75,13 @@ class Recorder:
         self._tapes: dict[Hashable, list[tuple[Any, Any, Any, Any]]] = {}
         self.recorded = self.replayed = 0
 
+    def ready(self, key: Hashable) -> bool:
+        """It records when it first runs a key."""
+        return True
+
+    def record(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Nothing to do beforehand."""
+
     def __call__(self, key: Hashable, work: Callable[[], None]) -> None:
         """Record `work` the first time, replay it from then on."""
         if key not in self._tapes:

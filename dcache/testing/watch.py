@@ -129,8 +129,8 @@ class Watch:
     @contextmanager
     def _hooks(self) -> Iterator[None]:
         """Count at the doors of the engine's classes."""
-        originals = {name: getattr(Layer, name) for name in ("attend", "write", "shadow")}
-        attend, write, shadow = originals.values()
+        originals = {name: getattr(Layer, name) for name in ("attend", "write", "shadow", "refresh")}
+        attend, write, shadow, refresh = originals.values()
         download = Packet.download
 
         def attending(at: Layer, rows: Tensor, q: Tensor) -> Tensor:
@@ -151,6 +151,13 @@ class Watch:
                 self._here.append((name, rows))
             write(at, rows, k, v)
 
+        def refreshing(at: Layer, rows: Tensor, h: Tensor) -> Tensor:
+            real = self._count("kv_rows", at, rows)
+            for table in (self._mapped["kv_rows"], self._written["K"], self._written["V"]):
+                _mark(table, at, real)
+            self._here += [("K", rows), ("V", rows)]
+            return cast(Tensor, refresh(at, rows, h))
+
         def shadowing(at: Layer, rows: Tensor, h: Tensor) -> Tensor:
             for name in ("rows", "kv_rows"):  # shadows have keys of their own, which no store keeps
                 self._count(name, at, rows)
@@ -160,7 +167,7 @@ class Watch:
             self.downloads += 1
             download(packet)
 
-        hooks = {"attend": attending, "write": writing, "shadow": shadowing}
+        hooks = {"attend": attending, "write": writing, "shadow": shadowing, "refresh": refreshing}
         try:
             for name, hook in hooks.items():
                 setattr(Layer, name, hook)
