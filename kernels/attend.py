@@ -226,8 +226,8 @@ def _listed(visible: Tensor | None, keys: Keys | None) -> Keys | None:
 
 def _tiles(batch: int, kv_heads: int, pairs: int, slots: int, item_bytes: int) -> Tiles:
     """A fixed rule of the shape, since it decides the order of sums; `pairs` = rows * heads / kv_heads."""
-    if item_bytes > 2:  # no tensor cores: small tiles, which also fit the registers
-        block_m, block_n, warps, stages = min(32, max(16, triton.next_power_of_2(pairs))), 32, 4, 2
+    if item_bytes > 2:  # no tensor cores: these tiles fit the registers (32 x 32 by 4 warps spills)
+        block_m, block_n, warps, stages = min(32, max(16, triton.next_power_of_2(pairs))), 32, 8, 2
     elif batch * kv_heads * (pairs // 128) >= PROGRAMS // 2:
         block_m, block_n, warps, stages = 128, 64, 8, 3
     else:
