@@ -224,14 +224,17 @@ def _listed(visible: Tensor | None, keys: Keys | None) -> Keys | None:
     return keys
 
 
-def _tiles(batch: int, kv_heads: int, pairs: int, slots: int, item_bytes: int) -> Tiles:
-    """A fixed rule of the shape, since it decides the order of sums; `pairs` = rows * heads / kv_heads."""
+def _tiles(batch: int, kv_heads: int, pairs: int, slots: int, item_bytes: int, listed: bool) -> Tiles:
+    """A fixed rule of the shape, since it decides the order of sums; `pairs` = rows * heads / kv_heads.
+
+    A slot of a list is loaded before its key, so that five stages keep as many keys in flight as three do otherwise.
+    """
     if item_bytes > 2:  # no tensor cores: these tiles fit the registers (32 x 32 by 4 warps spills)
         block_m, block_n, warps, stages = min(32, max(16, triton.next_power_of_2(pairs))), 32, 8, 2
     elif batch * kv_heads * (pairs // 128) >= PROGRAMS // 2:
         block_m, block_n, warps, stages = 128, 64, 8, 3
     else:
-        block_m, block_n, warps, stages = min(64, max(16, triton.next_power_of_2(pairs))), 64, 4, 3
+        block_m, block_n, warps, stages = min(64, max(16, triton.next_power_of_2(pairs))), 64, 4, 5 if listed else 3
     programs = batch * kv_heads * triton.cdiv(pairs, block_m)
     blocks = triton.cdiv(slots, block_n)
     share = triton.cdiv(blocks, min(MOST_SPLITS, max(1, PROGRAMS // programs)))
@@ -251,7 +254,7 @@ def _launch(
     kv_heads, slots = k.shape[1:3]
     assert q.stride(3) == k.stride(3) == v.stride(3) == 1
     group = heads // kv_heads
-    tiles = tiles or _tiles(batch, kv_heads, n * group, slots, q.element_size())
+    tiles = tiles or _tiles(batch, kv_heads, n * group, slots, q.element_size(), keys is not None)
     splits, block_d = tiles.splits, max(16, triton.next_power_of_2(dim))
     o = torch.empty(batch, n, heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device) if want_lse else None
