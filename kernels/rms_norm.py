@@ -120,7 +120,7 @@ def _launch(
     delta = None if delta is None else _table(delta)
     batch, n, width = x.shape
     block = triton.next_power_of_2(width)
-    _rms_norm_kernel[(batch * n,)](
+    _rms_norm_kernel[(n, batch)](
         x,
         delta,
         weight,
@@ -130,7 +130,6 @@ def _launch(
         rows,
         lanes,
         eps,
-        n,
         *x.stride()[:2],
         *((0, 0) if delta is None else delta.stride()[:2]),
         *((0, 0) if store is None else store.stride()[:2]),
@@ -159,7 +158,6 @@ def _rms_norm_kernel(
     rows,
     lanes,
     eps,
-    n,
     stride_x_b,
     stride_x_n,
     stride_delta_b,
@@ -171,18 +169,17 @@ def _rms_norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_row = tl.program_id(0)  # of batch * n: one program normalises one row, held in registers
-    i_b = (i_row // n).to(tl.int64)
-    i_n = (i_row % n).to(tl.int64)
+    # One program normalises one row, held in registers.
+    i_n, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o = tl.arange(0, BLOCK)
     m = o < WIDTH
-    p_y = i_row.to(tl.int64) * WIDTH + o
+    o_y = (i_b * tl.num_programs(0) + i_n) * WIDTH + o
     b_x = tl.load(x + i_b * stride_x_b + i_n * stride_x_n + o, mask=m, other=0.0)
     b_weight = tl.load(weight + o, mask=m, other=0.0).to(tl.float32)
     if delta is not None:
         b_delta = tl.load(delta + i_b * stride_delta_b + i_n * stride_delta_n + o, mask=m, other=0.0)
         b_x = (b_x.to(tl.float32) + b_delta.to(tl.float32)).to(y.dtype.element_ty)
-        tl.store(total + p_y, b_x, mask=m)
+        tl.store(total + o_y, b_x, mask=m)
     if store is not None:
         i_slot = tl.load(rows + i_b * stride_rows_b + i_n * stride_rows_n)
         i_lane = i_b
@@ -192,4 +189,4 @@ def _rms_norm_kernel(
     b_wide = b_x.to(tl.float32)
     b_scale = tl.rsqrt(tl.sum(b_wide * b_wide, axis=0) / WIDTH + eps)
     b_y = (b_wide * b_scale).to(y.dtype.element_ty).to(tl.float32) * b_weight
-    tl.store(y + p_y, b_y.to(y.dtype.element_ty), mask=m)
+    tl.store(y + o_y, b_y.to(y.dtype.element_ty), mask=m)

@@ -42,12 +42,11 @@ def rotary_triton(x: Tensor, cos: Tensor, sin: Tensor, full_precision: bool) -> 
     y = x.new_empty(batch, n, heads, head_dim).transpose(1, 2)
     cos, sin = (table.expand(batch, 1, n, head_dim // 2) for table in (cos, sin))
     block = _block_heads(heads, head_dim)
-    _rotary_kernel[(batch * n, triton.cdiv(heads, block))](
+    _rotary_kernel[(n, triton.cdiv(heads, block), batch)](
         x,
         cos,
         sin,
         y,
-        n,
         *x.stride(),
         *(cos.stride(i) for i in (0, 2, 3)),
         *(sin.stride(i) for i in (0, 2, 3)),
@@ -122,7 +121,7 @@ def rotary_scatter_triton(
     heads = width // head_dim - 2 * kv_heads
     q = qkv.new_empty(batch, n, heads, head_dim)
     block = _block_heads(heads + 2 * kv_heads, head_dim)
-    _rotary_scatter_kernel[(batch * n, triton.cdiv(heads + 2 * kv_heads, block))](
+    _rotary_scatter_kernel[(n, triton.cdiv(heads + 2 * kv_heads, block), batch)](
         qkv,
         bias,
         rows,
@@ -133,7 +132,6 @@ def rotary_scatter_triton(
         v_store,
         lanes,
         q_store,
-        n,
         len(cos) - 1,
         *qkv.stride()[:2],
         *rows.stride(),
@@ -218,7 +216,6 @@ def _rotary_kernel(
     cos,
     sin,
     y,
-    n,
     stride_x_b,
     stride_x_h,
     stride_x_n,
@@ -235,8 +232,7 @@ def _rotary_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    i_row = tl.program_id(0)  # of batch * n
-    i_b, i_n = (i_row // n).to(tl.int64), (i_row % n).to(tl.int64)
+    i_n, i_b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     o_d = tl.arange(0, BLOCK_HALF)
     m_d = o_d < HALF
@@ -248,7 +244,7 @@ def _rotary_kernel(
     b_x1 = tl.load(p_x, mask=m, other=0.0)
     b_x2 = tl.load(p_x + HALF * stride_x_d, mask=m, other=0.0)
     b_y1, b_y2 = _turn(b_x1, b_x2, b_cos[None, :], b_sin[None, :], FULL)
-    _write(y + i_row.to(tl.int64) * (HEADS * 2 * HALF), o_h, o_d, 2 * HALF, b_y1, b_y2, m, HALF)
+    _write(y + (i_b * tl.num_programs(0) + i_n) * (HEADS * 2 * HALF), o_h, o_d, 2 * HALF, b_y1, b_y2, m, HALF)
 
 
 @triton.jit
@@ -263,7 +259,6 @@ def _rotary_scatter_kernel(
     v_store,
     lanes,
     q_store,
-    n,
     last_position,
     stride_qkv_b,
     stride_qkv_n,
@@ -285,8 +280,7 @@ def _rotary_scatter_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    i_row = tl.program_id(0)  # of batch * n
-    i_b, i_n = (i_row // n).to(tl.int64), (i_row % n).to(tl.int64)
+    i_n, i_b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)  # of q, k and v side by side
     o_d = tl.arange(0, BLOCK_HALF)
     m_d = o_d < HALF
@@ -311,7 +305,7 @@ def _rotary_scatter_kernel(
     b_y1, b_y2 = _turn(b_x1, b_x2, b_cos[None, :], b_sin[None, :], FULL)
 
     m_q = (o_h < HEADS)[:, None] & m_d[None, :]
-    _write(q + i_row.to(tl.int64) * (HEADS * 2 * HALF), o_h, o_d, 2 * HALF, b_y1, b_y2, m_q, HALF)
+    _write(q + (i_b * tl.num_programs(0) + i_n) * (HEADS * 2 * HALF), o_h, o_d, 2 * HALF, b_y1, b_y2, m_q, HALF)
     if q_store is not None:
         p_kept = q_store + i_lane * stride_q_b + i_slot * stride_q_n
         _write(p_kept, o_h, o_d, stride_q_h, b_y1, b_y2, m_q, HALF)

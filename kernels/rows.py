@@ -121,7 +121,7 @@ def _copy(x: Tensor, rows: Tensor, y: Tensor, lanes: Tensor | None, put: bool) -
     batch, heads, n, width = y.shape
     block_width = min(triton.next_power_of_2(max(width, 1)), TILE)
     block_rows = min(triton.next_power_of_2(max(n, 1)), TILE // block_width)
-    grid = (batch * triton.cdiv(n, block_rows), heads, triton.cdiv(width, block_width))
+    grid = (triton.cdiv(n, block_rows) * triton.cdiv(width, block_width), heads, batch)
     _copy_kernel[grid](
         x,
         rows,
@@ -161,11 +161,10 @@ def _copy_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    n_blocks = tl.cdiv(n, BLOCK_ROWS)
-    i_b = (tl.program_id(0) // n_blocks).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
-    o_n = (tl.program_id(0) % n_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    o_w = tl.program_id(2) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    n_across: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
+    i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_n = (tl.program_id(0) // n_across) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    o_w = (tl.program_id(0) % n_across) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     m_n = o_n < n
     m = m_n[:, None] & (o_w < WIDTH)[None, :]
     i_lane = i_b
