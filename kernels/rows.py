@@ -1,20 +1,34 @@
-"""Gather and scatter of rows by position: data movement, exact.
+"""Gather and scatter of rows by position, and their number: data movement, exact.
 
 ``take(x, rows, lanes)[b, ..., i, :] = x[lanes[b], ..., rows[b, i], :]`` and ``put(x, rows, y, lanes)`` is its inverse
 in place; without lanes, lane b is sequence b. Padded entries of `rows` point at the dump slot, which every store has,
 so no mask is needed; what several of them write there is undefined and never read as a result.
+``tally(counter, rows, dump)`` adds to ``counter[b]`` the number of ``rows[b]`` below the dump slot.
 """
 
+import torch
 from torch import Tensor
 
+from dcache.kernels.backend import tl, triton, use_triton
 
-def take_ref(x: Tensor, rows: Tensor, lanes: Tensor | None) -> Tensor:
+TILE = 2048  # elements that one program moves
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def take_ref(x: Tensor, rows: Tensor, lanes: Tensor | None = None) -> Tensor:
     """The torch twin of `take`."""
     if lanes is not None:
         lane = lanes[:, None]
         return x[lane, rows] if x.dim() == 3 else x[lane, :, rows].transpose(1, 2)
     index = rows.reshape(rows.shape[0], *([1] * (x.dim() - 3)), rows.shape[1], 1)
     return x.gather(-2, index.expand(*x.shape[:-2], rows.shape[1], x.shape[-1]))
+
+
+def take_triton(x: Tensor, rows: Tensor, lanes: Tensor | None = None) -> Tensor:
+    """The kernel of `take`."""
+    y = x.new_empty(rows.shape[0], *x.shape[1:-2], rows.shape[1], x.shape[-1])
+    _copy(x, rows, y, lanes, put=False)
+    return y
 
 
 def take(x: Tensor, rows: Tensor, lanes: Tensor | None = None) -> Tensor:
@@ -29,10 +43,10 @@ def take(x: Tensor, rows: Tensor, lanes: Tensor | None = None) -> Tensor:
     Returns:
         (batch, n, width) or (batch, heads, n, head_dim).
     """
-    return take_ref(x, rows, lanes)
+    return take_triton(x, rows, lanes) if use_triton(x) else take_ref(x, rows, lanes)
 
 
-def put_ref(x: Tensor, rows: Tensor, y: Tensor, lanes: Tensor | None) -> None:
+def put_ref(x: Tensor, rows: Tensor, y: Tensor, lanes: Tensor | None = None) -> None:
     """The torch twin of `put`."""
     if lanes is not None:
         lane = lanes[:, None]
@@ -45,6 +59,11 @@ def put_ref(x: Tensor, rows: Tensor, y: Tensor, lanes: Tensor | None) -> None:
     x.scatter_(-2, index.expand(*x.shape[:-2], rows.shape[1], x.shape[-1]), y)
 
 
+def put_triton(x: Tensor, rows: Tensor, y: Tensor, lanes: Tensor | None = None) -> None:
+    """The kernel of `put`."""
+    _copy(x, rows, y, lanes, put=True)
+
+
 def put(x: Tensor, rows: Tensor, y: Tensor, lanes: Tensor | None = None) -> None:
     """Write rows in place.
 
@@ -54,9 +73,120 @@ def put(x: Tensor, rows: Tensor, y: Tensor, lanes: Tensor | None = None) -> None
         y: (batch, n, width) or (batch, heads, n, head_dim), dtype of `x`.
         lanes: as for `take`.
     """
-    if y.shape[-2:] != (rows.shape[1], x.shape[-1]):
+    check_fit(x, rows, y)
+    (put_triton if use_triton(x) else put_ref)(x, rows, y, lanes)
+
+
+def check_fit(x: Tensor, rows: Tensor, y: Tensor) -> None:
+    """Refuse values `y` that `put` cannot write to a store `x`."""
+    expected = (rows.shape[0], *x.shape[1:-2], rows.shape[1], x.shape[-1])
+    if y.shape != expected or y.dtype != x.dtype:
         raise ValueError(
-            f"values of shape {tuple(y.shape)} do not fit a store of shape {tuple(x.shape)} at {rows.shape[1]} rows; "
-            f"expected (..., rows={rows.shape[1]}, width={x.shape[-1]})"
+            f"values of shape {tuple(y.shape)} and dtype {y.dtype} do not fit a store of shape {tuple(x.shape)} and "
+            f"dtype {x.dtype} at {rows.shape[1]} rows; expected shape {expected}"
         )
-    put_ref(x, rows, y, lanes)
+
+
+def tally_ref(counter: Tensor, rows: Tensor, dump: int) -> None:
+    """The torch twin of `tally`."""
+    counter += (rows < dump).sum(-1)
+
+
+def tally_triton(counter: Tensor, rows: Tensor, dump: int) -> None:
+    """The kernel of `tally`."""
+    batch, n = rows.shape
+    block = min(triton.next_power_of_2(max(n, 1)), TILE)
+    _tally_kernel[(batch,)](
+        counter, rows, n, dump, counter.stride(0), *rows.stride(), BLOCK=block, num_warps=max(block // 256, 1)
+    )
+
+
+def tally(counter: Tensor, rows: Tensor, dump: int) -> None:
+    """Count real rows, in place.
+
+    Args:
+        counter: (batch,) int64; the number of real rows of each lane is added to it.
+        rows: (batch, n) int64, padded with the dump slot.
+        dump: number of the dump slot.
+    """
+    (tally_triton if use_triton(rows) else tally_ref)(counter, rows, dump)
+
+
+def _copy(x: Tensor, rows: Tensor, y: Tensor, lanes: Tensor | None, put: bool) -> None:
+    """Move rows between a store and `y` as bits, whatever the dtype: from `y` to the store with `put`, else back."""
+    bits = BITS[x.element_size()]
+    x, y = x.view(bits), y.view(bits)
+    if x.dim() == 3:
+        x, y = x[:, None], y[:, None]
+    batch, heads, n, width = y.shape
+    block_width = min(triton.next_power_of_2(max(width, 1)), TILE)
+    block_rows = min(triton.next_power_of_2(max(n, 1)), TILE // block_width)
+    grid = (triton.cdiv(n, block_rows) * triton.cdiv(width, block_width), heads, batch)
+    _copy_kernel[grid](
+        x,
+        rows,
+        y,
+        lanes,
+        n,
+        *x.stride(),
+        *rows.stride(),
+        *y.stride(),
+        PUT=put,
+        WIDTH=width,
+        BLOCK_ROWS=block_rows,
+        BLOCK_WIDTH=block_width,
+        num_warps=min(max(block_rows * block_width // 256, 1), 4),
+    )
+
+
+@triton.jit
+def _copy_kernel(
+    x,
+    rows,
+    y,
+    lanes,
+    n,
+    stride_x_b,
+    stride_x_h,
+    stride_x_n,
+    stride_x_w,
+    stride_rows_b,
+    stride_rows_n,
+    stride_y_b,
+    stride_y_h,
+    stride_y_n,
+    stride_y_w,
+    PUT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    n_across: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
+    i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_n = (tl.program_id(0) // n_across) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    o_w = (tl.program_id(0) % n_across) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    m_n = o_n < n
+    m = m_n[:, None] & (o_w < WIDTH)[None, :]
+    i_lane = i_b
+    if lanes is not None:
+        i_lane = tl.load(lanes + i_b)
+    o_n = o_n.to(tl.int64)
+    b_slot = tl.load(rows + i_b * stride_rows_b + o_n * stride_rows_n, mask=m_n, other=0)
+    p_x = x + i_lane * stride_x_b + i_h * stride_x_h + b_slot[:, None] * stride_x_n + o_w[None, :] * stride_x_w
+    p_y = y + i_b * stride_y_b + i_h * stride_y_h + o_n[:, None] * stride_y_n + o_w[None, :] * stride_y_w
+    if PUT:
+        tl.store(p_x, tl.load(p_y, mask=m, other=0), mask=m)
+    else:
+        tl.store(p_y, tl.load(p_x, mask=m, other=0), mask=m)
+
+
+@triton.jit
+def _tally_kernel(counter, rows, n, dump, stride_counter, stride_rows_b, stride_rows_n, BLOCK: tl.constexpr):
+    i_b = tl.program_id(0).to(tl.int64)
+    b_count = tl.zeros((BLOCK,), dtype=tl.int64)
+    for i_n in range(0, n, BLOCK):
+        o_n = i_n + tl.arange(0, BLOCK)
+        b_slot = tl.load(rows + i_b * stride_rows_b + o_n * stride_rows_n, mask=o_n < n, other=dump)
+        b_count += (b_slot < dump).to(tl.int64)
+    p_counter = counter + i_b * stride_counter
+    tl.store(p_counter, tl.load(p_counter) + tl.sum(b_count, axis=0))
