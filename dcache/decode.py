@@ -1,5 +1,6 @@
 """The decoding loop: the whole of masked-diffusion decoding, with every choice behind a call."""
 
+from functools import partial
 from time import perf_counter
 
 from dcache.engine import Engine
@@ -16,7 +17,7 @@ def decode(engine: Engine, state: State, limit: int | None = None) -> list[Step]
     policy, unmasker = engine.policy, engine.unmasker
     engine.begin(state)
     trace: list[Step] = []
-    while state.active.any() and len(trace) != limit:
+    while state.active.any() and (limit is None or state.step.max() < limit):
         began, recorded = perf_counter(), engine.recording
         ask = state.expect(unmasker.ask(state))  # what may be committed, and how many
         plan = policy.plan(state)  # which rows are computed
@@ -25,8 +26,11 @@ def decode(engine: Engine, state: State, limit: int | None = None) -> list[Step]
         if again is not None:  # a drift test that fired: the same step once more, from some layer on
             seen = engine.rerun(again, ask, seen)
         update = unmasker.settle(state, seen)
+        moment, count = state.moment, engine.count
+        state.apply(update, seen)
         recording = engine.recording - recorded
         seconds = perf_counter() - began - recording
-        trace.append(Step.of(state, plan, again, seen, update, engine, seconds, recording))
-        state.apply(update, seen)
+        record = partial(Step.of, moment, plan, again, seen, update, count, seconds, recording)
+        engine.later(record, trace.append)  # while the device runs the next pass
+    engine.catch_up()
     return trace

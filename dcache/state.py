@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -42,6 +42,15 @@ class Seen:
     def predicted(self) -> Bools:
         """(batch, slots) bool: positions that have a candidate."""
         return self.tokens >= 0
+
+
+class Moment(NamedTuple):
+    """A state before a step was applied, as far as records need it: see `State` for the fields."""
+
+    step: Ints
+    active: Bools
+    valid: Bools
+    eos_id: int
 
 
 class State:
@@ -113,6 +122,8 @@ class State:
         for b, ids_ in enumerate(prompts):
             self.tokens[b, : len(ids_)] = ids_
         self.masked: Bools = self.valid & ~self.prompt
+        self._active_in: Bools | None = None  # the mask that `_active` was read from
+        self._active: Bools = np.zeros(batch, dtype=bool)
         self.known: Bools = self.prompt.copy()
         self.changed: Bools = np.zeros_like(self.valid)
         self.window: Bools = np.zeros_like(self.valid)
@@ -160,8 +171,14 @@ class State:
     @property
     def active(self) -> Bools:
         """(batch,) bool: sequences that still have something to decode."""
-        active: Bools = np.asarray(self.masked.any(1))
-        return active
+        if self._active_in is not self.masked:  # asked for a dozen times per step
+            self._active_in, self._active = self.masked, np.asarray(self.masked.any(1))
+        return self._active
+
+    @property
+    def moment(self) -> Moment:
+        """Where the batch stands, to be looked at later."""
+        return Moment(self.step, self.active, self.valid, self.spec.eos_id)
 
     @property
     def needed(self) -> Bools:
@@ -257,11 +274,11 @@ class State:
         """The block of the leftmost masked row of each sequence; empty for finished ones."""
         if self.block_length is None:
             return (self.valid & ~self.prompt) & self.active[:, None]
-        place = np.arange(self.slots)
-        start = first(self.masked, self.slots)
-        number = (start - self.gen_start) // self.block_length
-        begin = (self.gen_start + number * self.block_length)[:, None]
-        block: Bools = (place >= begin) & (place < begin + self.block_length) & self.active[:, None]
+        block = np.zeros_like(self.valid)
+        for b in np.flatnonzero(self.active):
+            begin, start = self.gen_start[b], self.masked[b].argmax()
+            begin += (start - begin) // self.block_length * self.block_length
+            block[b, begin : begin + self.block_length] = True
         return block
 
     def _enter(self, block: Bools) -> None:

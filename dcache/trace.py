@@ -9,11 +9,11 @@ import numpy as np
 
 from dcache.arrays import Bools, Ints
 from dcache.policy import Plan
-from dcache.state import Seen, State
+from dcache.state import Moment, Seen
 from dcache.unmasking.base import Update
 
 if TYPE_CHECKING:
-    from dcache.engine import Engine
+    from dcache.engine.engine import Count
 
 
 @dataclass(frozen=True)
@@ -62,24 +62,24 @@ class Step:
 
     @staticmethod
     def of(
-        state: State,
+        moment: Moment,
         plan: Plan,
         again: Plan | None,
         seen: Seen,
         update: Update,
-        engine: Engine,
+        count: Count,
         seconds: float,
         recording: float,
     ) -> Step:
-        """Record a step; `state` is still that before it was applied."""
-        part = state.valid & state.active[:, None]
+        """Record a step, any time after it; `moment` is that before it was applied."""
+        part = moment.valid & moment.active[:, None]
         computed = plan.row_mask if again is None else plan.row_mask | again.row_mask
-        complete = (computed | ~part).all(1) & (engine.count.rows[-1] >= part.sum(1))
-        commit, tokens = update.written(state.spec.eos_id)
+        complete = (computed | ~part).all(1) & (count.rows[-1] >= part.sum(1))
+        commit, tokens = update.written(moment.eos_id)
         return Step(
-            step=state.step,
-            active=state.active,
-            refresh=state.active & complete,
+            step=moment.step,
+            active=moment.active,
+            refresh=moment.active & complete,
             kind=plan.kind,
             rows=plan.row_mask & part,
             again=None if again is None else again.row_mask & part,
@@ -89,10 +89,10 @@ class Step:
             confidence=seen.confidence,
             drop=update.drop,
             remask=update.remask,
-            row_layers=engine.count.rows,
-            kv_row_layers=engine.count.kv_rows,
+            row_layers=count.rows,
+            kv_row_layers=count.kv_rows,
             reports=seen.reports,
-            maps=engine.count.maps,
+            maps=count.maps,
             seconds=seconds,
             recording=recording,
         )

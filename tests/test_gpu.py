@@ -131,9 +131,9 @@ def test_a_pass_has_no_sync_but_its_download(policy: str, monkeypatch: pytest.Mo
             torch.cuda.set_sync_debug_mode("default")
             calls["passes"] += 1
 
-    def waiting(self: Packet) -> None:
+    def waiting(self: Packet, *meanwhile: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
-        download(self)
+        download(self, *meanwhile)
         calls["downloads"] += 1
 
     monkeypatch.setattr(Engine, "_run", strict)

@@ -53,9 +53,15 @@ class Checks:
         self._masks(plan)
         self._start(plan, second)
         self._flags(plan, second)
-        self._visible(plan)
+        self._shown(plan)
         if second:
             self._finished(plan)
+
+    def keys(self, plan: Plan, ask: Ask) -> None:
+        """Every visible key has been written; may run while the pass does."""
+        self._restarted(plan)
+        self._visible(plan)
+        self.shadows(ask)
 
     def _masks(self, plan: Plan) -> None:
         shape = self.state.valid.shape
@@ -88,9 +94,6 @@ class Checks:
         late = (start > 0) & (start < layers) & state.active
         if late.any() and "H" not in self.stores:
             self.fail('a pass above layer 0 starts from the store "H"; return {"H": spec.d_model} from stores()')
-        for b in np.flatnonzero(late):
-            if (plan.row_mask[b] & state.valid[b] & ~self.written[b]).any():
-                self.fail(f"sequence {b} starts at layer {start[b]} but not all of its rows have had a pass yet")
 
     def _flags(self, plan: Plan, second: bool) -> None:
         state = self.state
@@ -110,29 +113,41 @@ class Checks:
         if known != shapes:
             self.fail(f"flags of kind {plan.kind!r} are {shapes}, but were {known} in an earlier step of that kind")
 
-    def _visible(self, plan: Plan) -> None:
+    def _restarted(self, plan: Plan) -> None:
+        if plan.start is None:
+            return
+        late = (plan.start > 0) & (plan.start < self.state.spec.n_layers) & self.state.active
+        for b in np.flatnonzero(late):
+            if (plan.row_mask[b] & self.state.valid[b] & ~self.written[b]).any():
+                self.fail(f"sequence {b} starts at layer {plan.start[b]} but not all of its rows have had a pass yet")
+
+    def _shown(self, plan: Plan) -> None:
         state, visible = self.state, plan.visible
         if visible is None:
-            seen = state.valid
-        elif not isinstance(visible, np.ndarray | Tensor):
+            return
+        if not isinstance(visible, np.ndarray | Tensor):
             self.fail(f"visible is a {type(visible).__name__}, expected a numpy array or a tensor on the device")
-        else:
-            shape = tuple(visible.shape)
-            per_layer = (
-                len(shape) == 4
-                and shape[:2] == (state.spec.n_layers, state.batch)
-                and shape[2] in (1, state.spec.n_kv_heads)
-                and shape[3] == state.slots
+        shape = tuple(visible.shape)
+        per_layer = (
+            len(shape) == 4
+            and shape[:2] == (state.spec.n_layers, state.batch)
+            and shape[2] in (1, state.spec.n_kv_heads)
+            and shape[3] == state.slots
+        )
+        if shape != state.valid.shape and not per_layer:
+            self.fail(
+                f"visible has shape {shape}, expected (batch={state.batch}, slots={state.slots}) or "
+                f"(layers={state.spec.n_layers}, batch, 1 or kv_heads={state.spec.n_kv_heads}, slots)"
             )
-            if shape != state.valid.shape and not per_layer:
-                self.fail(
-                    f"visible has shape {shape}, expected (batch={state.batch}, slots={state.slots}) or "
-                    f"(layers={state.spec.n_layers}, batch, 1 or kv_heads={state.spec.n_kv_heads}, slots)"
-                )
-            if isinstance(visible, Tensor):
-                return  # decided on the device: reading it here would be a sync
-            if visible.dtype != np.bool_:
-                self.fail(f"visible has dtype {visible.dtype}, expected bool")
+        if isinstance(visible, np.ndarray) and visible.dtype != np.bool_:
+            self.fail(f"visible has dtype {visible.dtype}, expected bool")
+
+    def _visible(self, plan: Plan) -> None:
+        state, visible = self.state, plan.visible
+        if isinstance(visible, Tensor):
+            return  # decided on the device: reading it here would be a sync
+        seen = state.valid
+        if visible is not None:
             seen = (visible if visible.ndim == 2 else visible.any((0, 2))) & state.valid
         missing = seen & ~plan.row_mask & self._takes_part(plan)[:, None]
         missing = missing if self.compact else missing & ~self.written

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from dcache.policy import CachePolicy, Plan
 from dcache.state import Seen, State
 from dcache.unmasking.base import Ask, Asked, Unmasker
 
+T = TypeVar("T")
 # Up to 128 rows a product costs what reading its weights does; above, tiles of 128 rows are what it is made of
 GPU_BUCKETS = (16, 32, 64, 128, 192, *range(256, 2048, 128), *range(2048, 8192, 512), *range(8192, 65537, 2048))
 
@@ -136,6 +138,7 @@ class Engine:
         self.executor: Executor = executor or (Graphs(model.device) if graphs else Eager())
         self.maps, self.debug, self.recording = maps, debug, 0.0
         self.beside = Aside(model.device)
+        self._late: list[Callable[[], None]] = []
         self._shape: tuple[int, int, int | None] | None = None
         self._inspect = False
         with torch.inference_mode():
@@ -160,6 +163,21 @@ class Engine:
     def captured(self) -> int:
         """Graphs recorded so far."""
         return self.executor.captured if isinstance(self.executor, Graphs) else 0
+
+    @property
+    def count(self) -> Count:
+        """What the passes of the latest step computed; complete once `catch_up` has run."""
+        return self._count
+
+    def later(self, make: Callable[[], T], use: Callable[[T], None]) -> None:
+        """Put off ``use(make())``, which no plan depends on, until the device is busy with the next pass."""
+        self._late.append(lambda: use(make()))
+
+    def catch_up(self) -> None:
+        """Do now what was put off."""
+        late, self._late = self._late, []
+        for work in late:
+            work()
 
     @torch.inference_mode()
     def begin(self, state: State) -> None:
@@ -227,8 +245,7 @@ class Engine:
 
     def run(self, plan: Plan, ask: Ask) -> Seen:
         """The pass of a step; one sync."""
-        self.checks.progress(ask)
-        self.count = Count(self._zeros(), self._zeros())
+        self._count = Count(self._zeros(), self._zeros())
         return self._run(plan, ask, None)
 
     def rerun(self, plan: Plan, ask: Ask, seen: Seen) -> Seen:
@@ -243,7 +260,6 @@ class Engine:
         """One pass; `before` is what the first pass of a reviewed step saw."""
         second = before is not None
         self.checks.plan(plan, second)
-        self.checks.shadows(ask)
         arrays = self.inputs.arrays(plan, ask)
         key = (*self.inputs.key(plan, arrays), second)
         prepared = self._prepared.get(key)
@@ -269,8 +285,15 @@ class Engine:
                 self.executor.record(key, lambda: self._deliver(prepared, self._forward(prepared, second)))
                 self.recording += perf_counter() - began
             self.executor(key, lambda: self._deliver(prepared, self._forward(prepared, second)))
-        prepared.outputs.download()
+        prepared.outputs.download(lambda: self._while_it_runs(plan, ask, second))
         return self._seen(prepared, arrays, before)
+
+    def _while_it_runs(self, plan: Plan, ask: Ask, second: bool) -> None:
+        """Checks whose failure stops the run before anybody reads a result, and what earlier steps put off."""
+        self.catch_up()
+        if not second:
+            self.checks.progress(ask)
+        self.checks.keys(plan, ask)
 
     def _prepare(self, plan: Plan, arrays: dict[str, np.ndarray]) -> Prepared:
         fields = [(name, tuple(value.shape), value.dtype) for name, value in arrays.items()]
@@ -430,10 +453,10 @@ class Engine:
                 f"picked position {where[b, i]} of sequence {lanes[b]}, which was not predicted or is outside the "
                 "window"
             )
-        self._account(prepared, arrays, out)
-        written = wider(self.checks.written)
-        written[lanes[:, None], arrays["rows"]] = True
-        self.checks.written = written[:, :-1]
+        books = prepared.current.books
+        # the results of the next pass may come down before this is read
+        found = {name: out[name].copy() for name in books.counted(self.maps)}
+        self.later(lambda: arrays, partial(self._account, self._count, books, found))
 
         def spread(name: str, blank: object, kind: type) -> np.ndarray:
             earlier = None if before is None else {"commit": before.taken}.get(name, getattr(before, name, None))
@@ -449,7 +472,7 @@ class Engine:
             taken=spread("commit", False, np.bool_),
             confidence=spread("confidence", -np.inf, np.float32),
             remask=spread("remask", False, np.bool_),
-            reports=self._reports(prepared.current.books, out, lanes, before),
+            reports=self._reports(books, out, lanes, before),
         )
 
     def _reports(
@@ -466,21 +489,24 @@ class Engine:
             reports[name] = table
         return reports
 
-    def _account(self, prepared: Prepared, arrays: dict[str, np.ndarray], out: dict[str, np.ndarray]) -> None:
+    def _account(self, count: Count, books: Books, out: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:
+        """Add what a pass computed to the accounts of its step, and note the keys that it wrote."""
         lanes, slots, batch = arrays["lanes"], self.state.slots, self.state.batch
+        written = wider(self.checks.written)
+        written[lanes[:, None], arrays["rows"]] = True
+        self.checks.written = written[:, :-1]
         n_rows = (arrays["rows"] < slots).sum(1)  # (lanes,)
         layers = np.arange(len(self.layers))[:, None]
         runs = layers >= arrays["start"] if "start" in arrays else np.ones_like(layers, dtype=bool)
         n_shadows = (arrays["shadow"] < slots).sum(1) if "shadow" in arrays else 0
-        books = prepared.current.books
-        for name, total in (("rows", self.count.rows), ("kv_rows", self.count.kv_rows)):
+        for name, total in (("rows", count.rows), ("kv_rows", count.kv_rows)):
             total[:, lanes] += np.array(books.planned[name])[:, None] * runs * n_rows + n_shadows
             if books.on_device:
                 total[:, lanes] += out[f"count {name}"]
             if self.maps:
-                seen = self.count.maps.setdefault(name, np.zeros((len(self.layers), batch, slots), dtype=bool))
+                seen = count.maps.setdefault(name, np.zeros((len(self.layers), batch, slots), dtype=bool))
                 seen[:, lanes] |= out[f"map {name}"][:, :, :-1].astype(bool)
-        self.count.passes += 1
+        count.passes += 1
 
     def _blame(self, prepared: Prepared, second: bool, lane: int, lanes: Ints) -> None:
         """Run the pass once more, layer by layer, to name the first layer whose output is not finite."""

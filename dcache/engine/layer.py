@@ -36,6 +36,11 @@ class Books:
     reports: list[str] = field(default_factory=list)
     per_layer: dict[str, bool] = field(default_factory=dict)
 
+    def counted(self, maps: bool) -> list[str]:
+        """Names of the results of a pass that accounts are made of."""
+        kinds = ["count"] * self.on_device + ["map"] * maps
+        return [f"{kind} {name}" for kind in kinds for name in self.planned]
+
 
 @dataclass
 class Pass:

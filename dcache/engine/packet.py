@@ -5,7 +5,7 @@ inputs of a pass go up in one copy and its results come down in one: the single 
 are the same memory and nothing moves.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -60,10 +60,12 @@ class Packet:
         if self.on_device:
             self._far.copy_(self._near, non_blocking=True)
 
-    def download(self) -> None:
-        """Bring the device side and wait for it."""
+    def download(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Bring the device side and wait for it; `meanwhile` is what the host has to do until then."""
         if self.on_device:
             self._near.copy_(self._far, non_blocking=True)
+        meanwhile()
+        if self.on_device:
             torch.cuda.current_stream(self._far.device).synchronize()
 
 

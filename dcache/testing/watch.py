@@ -163,9 +163,9 @@ class Watch:
                 self._count(name, at, rows)
             return cast(Tensor, shadow(at, rows, h))
 
-        def downloading(packet: Packet) -> None:
+        def downloading(packet: Packet, meanwhile: Callable[[], None] = lambda: None) -> None:
             self.downloads += 1
-            download(packet)
+            download(packet, meanwhile)
 
         hooks = {"attend": attending, "write": writing, "shadow": shadowing, "refresh": refreshing}
         try:
