@@ -64,7 +64,7 @@ def rms_norm_keep(
         x: (batch, n, width).
         weight: (width,), dtype of `x`.
         eps: added to the mean of squares.
-        store: (sequences, slots, width), dtype of `x`, overwritten at `rows`.
+        store: (sequences, slots, width), dtype of `x`, the last axis contiguous; overwritten at `rows`.
         rows: (batch, n) int64, each in 0..slots-1; repeated entries must be the dump slot.
         lanes: (batch,) int64, the sequence of `store` that each list of rows belongs to; None when they are all of
             them, in order.

@@ -90,13 +90,13 @@ def rotary_scatter_ref(
 ) -> Tensor:
     """The torch twin of `rotary_scatter`."""
     x = qkv if bias is None else qkv + bias
-    x = x.unflatten(-1, (-1, k_store.shape[-1]))  # (batch, n, heads + 2 * kv_heads, head_dim)
+    x = x.reshape(*x.shape[:2], -1, k_store.shape[-1])  # (batch, n, heads + 2 * kv_heads, head_dim)
     at = rows.clamp(max=len(cos) - 1)
+    cos, sin = cos[at][:, :, None], sin[at][:, :, None]
     kv_heads = k_store.shape[1]
-    qk, v = x.split([x.shape[2] - kv_heads, kv_heads], dim=2)
-    qk = rotary_ref(qk, cos[at][:, :, None], sin[at][:, :, None], full_precision)
-    q, k = qk.split([qk.shape[2] - kv_heads, kv_heads], dim=2)
-    q = q.contiguous().transpose(1, 2)
+    q, k, v = torch.split(x, [x.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
+    q, k = (rotary_ref(part, cos, sin, full_precision) for part in (q, k))
+    q = q.transpose(1, 2)
     put_ref(k_store, rows, k.transpose(1, 2), lanes)
     put_ref(v_store, rows, v.transpose(1, 2), lanes)
     if q_store is not None:
@@ -165,7 +165,8 @@ def rotary_scatter(
     """Rotate the queries and keys of a fused projection, and write keys and values to their stores.
 
     Args:
-        qkv: (batch, n, (heads + 2 * kv_heads) * head_dim): queries, keys and values side by side, not yet rotated.
+        qkv: (batch, n, (heads + 2 * kv_heads) * head_dim): queries, keys and values side by side, not yet rotated;
+            the last axis contiguous, like that of every store.
         bias: ((heads + 2 * kv_heads) * head_dim,), dtype of `qkv`, added to it and rounded first; or None.
         rows: (batch, n) int64, the positions of the rows; repeated entries must be the dump slot.
         cos: (positions, head_dim / 2) float32, contiguous, from `rotary_table`; later positions turn by the last
@@ -187,8 +188,8 @@ def rotary_scatter(
 
 def _block_heads(heads: int, head_dim: int) -> int:
     """Heads per program: a power of two."""
-    most: int = triton.next_power_of_2(heads)
-    return min(most, max(TILE // triton.next_power_of_2(head_dim), 1))
+    block: int = min(triton.next_power_of_2(heads), max(TILE // triton.next_power_of_2(head_dim), 1))
+    return block
 
 
 @triton.jit
