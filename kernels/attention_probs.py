@@ -1,24 +1,58 @@
 """Attention probabilities themselves, for small sets of rows, and the sums that policies ask for.
 
-``probs(q, k)[b, h, i, j] = softmax_j(q[b, h, i] . k[b, g(h), j] / sqrt(head_dim))`` over the visible keys, 0 elsewhere;
+``probs(q, k)[b, h, i, j] = softmax_j(q[b, h, i] . k[s(b), g(h), j] / sqrt(head_dim))``, 0 for hidden keys;
 ``received(q, k, weight)[b, j] = sum_{h, i} weight[b, i] p[b, h, i, j]``;
 ``head_mean(q, k)[b, i, j] = mean_h p[b, h, i, j]``;
-``products(q, k)[b, i, j] = mean_h q[b, h, i] . k[b, g(h), j]``, without scale and softmax, 0 for hidden keys.
+``products(q, k)[b, i, j] = mean_h q[b, h, i] . k[s(b), g(h), j]``, without scale and softmax, 0 for hidden keys.
+
+Lane b reads the keys of sequence ``s(b) = lanes[b]``, or b without lanes; query head h reads key/value head
+``g(h) = h // (heads / kv_heads)``. Every result has one more column than there are keys, for the dump slot: always 0.
 
 The softmax is taken in float32 whatever the dtype of the model. The twins materialise heads x rows x slots; that of
 `received` for `ROWS_AT_ONCE` rows at a time, since policies ask for it over all rows of a sequence.
+
+The kernels work on tiles of scores. A first one finds the log-sum-exp of every row, which the caller may know already;
+a second one computes the scores again and has the probabilities at once. Where a result is a sum over heads, groups of
+them make partial sums, which a last kernel adds in a fixed order. A hidden key spoils no score but its own, and that is
+replaced. How work is divided depends on the shape of one lane alone, so a lane's bits do not depend on its batch.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dcache.kernels.attend import hide
+from dcache.kernels.backend import tl, triton, use_triton
 
 ROWS_AT_ONCE = 256
+PROGRAMS = 256  # what a lane's work is split into if it can be: about two programs per processor of a large GPU
+MOST_SPLITS = 32  # of the keys: each program of the second kernel joins the log-sum-exps of all splits
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def probs_ref(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
+class Tile(NamedTuple):
+    """Most rows and keys of a tile of scores; the warps and pipeline stages of its programs."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+TILES = {  # by kernel, for few, some and many rows
+    "lse": (Tile(16, 128, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    "probs": (Tile(16, 128, 4, 1), Tile(64, 64, 4, 1), Tile(64, 128, 8, 1)),
+    "received": (Tile(16, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
+    "mean": (Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 128, 8, 3)),
+}
+FEW, SOME = 16, 256
+
+
+def probs_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None = None) -> Tensor:
     """The torch twin of `probs`."""
+    k = k if lanes is None else k.index_select(0, lanes)
     if visible is not None:
         k = hide(k, visible)
     group = q.shape[1] // k.shape[1]
@@ -27,84 +61,521 @@ def probs_ref(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
     if visible is not None:
         seen = visible.repeat_interleave(group, dim=1) if visible.shape[1] > 1 and group > 1 else visible
         score = score.masked_fill(~seen[:, :, None], float("-inf"))
-    return torch.softmax(score, -1)
+    return pad(torch.softmax(score, -1), (0, 1))
 
 
-def probs(q: Tensor, k: Tensor, visible: Tensor | None = None) -> Tensor:
+def probs_triton(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None) -> Tensor:
+    """Launch the kernels of `probs`."""
+    common, (batch, heads, n, slots) = _common(q, k, visible, lanes)
+    lse, splits = _row_lse(q, k, common)
+    out = torch.empty(batch, heads, n, slots + 1, dtype=torch.float32, device=q.device)
+    packed = heads // k.shape[1] * n
+    tile = _tile("probs", packed, q)
+    grid = (triton.cdiv(slots + 1, tile["BLOCK_N"]), k.shape[1] * triton.cdiv(packed, tile["BLOCK_M"]), batch)
+    _probs_kernel[grid](**common, **tile, lse=lse, splits=splits, out=out, BLOCK_S=triton.next_power_of_2(splits))
+    return out
+
+
+def probs(q: Tensor, k: Tensor, visible: Tensor | None = None, lanes: Tensor | None = None) -> Tensor:
     """Attention probabilities of rows over stored keys.
 
     Args:
         q: (batch, heads, rows, head_dim).
-        k: (batch, kv_heads, slots, head_dim).
-        visible: (batch, 1 or kv_heads, slots) bool, or None.
+        k: (sequences, kv_heads, slots, head_dim), dtype of `q`.
+        visible: (batch, 1 or kv_heads, slots) bool, or None when every key is visible.
+        lanes: (batch,) int64, the sequence of `k` that each lane reads; None when they are all of them, in order.
 
     Returns:
-        (batch, heads, rows, slots) float32.
+        (batch, heads, rows, slots + 1) float32.
     """
-    return probs_ref(q, k, visible)
+    return probs_triton(q, k, visible, lanes) if use_triton(q) else probs_ref(q, k, visible, lanes)
 
 
-def received_ref(q: Tensor, k: Tensor, weight: Tensor, visible: Tensor | None) -> Tensor:
+def received_ref(q: Tensor, k: Tensor, weight: Tensor, visible: Tensor | None, lanes: Tensor | None = None) -> Tensor:
     """The torch twin of `received`."""
-    total = torch.zeros(k.shape[0], k.shape[2], device=k.device)
+    total = torch.zeros(q.shape[0], k.shape[2] + 1, device=k.device)
     for first in range(0, q.shape[2], ROWS_AT_ONCE):
         rows = slice(first, first + ROWS_AT_ONCE)
-        total += torch.einsum("bhij,bi->bj", probs_ref(q[:, :, rows], k, visible), weight[:, rows].to(torch.float32))
+        share = weight[:, rows].to(torch.float32)
+        each = probs_ref(q[:, :, rows], k, visible, lanes).masked_fill((share == 0)[:, None, :, None], 0)
+        total += torch.einsum("bhij,bi->bj", each, share)
     return total
 
 
-def received(q: Tensor, k: Tensor, weight: Tensor, visible: Tensor | None = None) -> Tensor:
+def received_triton(
+    q: Tensor, k: Tensor, weight: Tensor, visible: Tensor | None, lanes: Tensor | None, lse: Tensor | None
+) -> Tensor:
+    """Launch the kernels of `received`."""
+    common, (batch, heads, n, slots) = _common(q, k, visible, lanes)
+    lse, splits = _row_lse(q, k, common) if lse is None else (lse.contiguous(), 1)
+    packed = heads // k.shape[1] * n
+    tile = _tile("received", packed, q)
+    row_blocks, key_blocks = triton.cdiv(packed, tile["BLOCK_M"]), triton.cdiv(slots + 1, tile["BLOCK_N"])
+    per = _share(row_blocks, key_blocks * k.shape[1])
+    parts = triton.cdiv(row_blocks, per)
+    partial = torch.empty(batch, k.shape[1] * parts, slots + 1, dtype=torch.float32, device=q.device)
+    _received_kernel[(key_blocks, k.shape[1] * parts, batch)](
+        **common,
+        **tile,
+        lse=lse,
+        splits=splits,
+        weight=weight,
+        out=partial,
+        parts=parts,
+        per=per,
+        weight_strides=weight.stride(),
+        BLOCK_S=triton.next_power_of_2(splits),
+    )
+    return _summed(partial)
+
+
+def received(
+    q: Tensor,
+    k: Tensor,
+    weight: Tensor,
+    visible: Tensor | None = None,
+    lanes: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
     """Attention that each key receives, summed over heads and weighted rows.
 
     Args:
         q: (batch, heads, rows, head_dim).
-        k: (batch, kv_heads, slots, head_dim).
-        weight: (batch, rows) bool or float; 0 for padded rows.
-        visible: (batch, 1 or kv_heads, slots) bool, or None.
+        k: (sequences, kv_heads, slots, head_dim), dtype of `q`.
+        weight: (batch, rows) bool or float; 0 for padded rows, which then add nothing, whatever they hold.
+        visible: (batch, 1 or kv_heads, slots) bool, or None when every key is visible.
+        lanes: as for `probs`.
+        lse: (batch, heads, rows) float32 log-sum-exp of the scaled scores over the visible keys, if the caller knows it
+            from `attend_lse`: saves a pass over the keys.
 
     Returns:
-        (batch, slots) float32.
+        (batch, slots + 1) float32.
     """
-    return received_ref(q, k, weight, visible)
+    if use_triton(q):
+        return received_triton(q, k, weight, visible, lanes, lse)
+    return received_ref(q, k, weight, visible, lanes)
 
 
-def head_mean_ref(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
+def head_mean_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None = None) -> Tensor:
     """The torch twin of `head_mean`."""
-    return probs_ref(q, k, visible).mean(1)
+    return probs_ref(q, k, visible, lanes).mean(1)
 
 
-def head_mean(q: Tensor, k: Tensor, visible: Tensor | None = None) -> Tensor:
+def head_mean_triton(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None, lse: Tensor | None) -> Tensor:
+    """Launch the kernels of `head_mean`."""
+    common, _ = _common(q, k, visible, lanes)
+    lse, splits = _row_lse(q, k, common) if lse is None else (lse.contiguous(), 1)
+    return _mean(q, k, common, lse, splits)
+
+
+def head_mean(
+    q: Tensor, k: Tensor, visible: Tensor | None = None, lanes: Tensor | None = None, lse: Tensor | None = None
+) -> Tensor:
     """Attention rows averaged over heads.
 
     Args:
         q: (batch, heads, rows, head_dim).
-        k: (batch, kv_heads, slots, head_dim).
-        visible: (batch, 1 or kv_heads, slots) bool, or None.
+        k: (sequences, kv_heads, slots, head_dim), dtype of `q`.
+        visible: (batch, 1 or kv_heads, slots) bool, or None when every key is visible.
+        lanes: as for `probs`.
+        lse: as for `received`.
 
     Returns:
-        (batch, rows, slots) float32.
+        (batch, rows, slots + 1) float32.
     """
-    return head_mean_ref(q, k, visible)
+    return head_mean_triton(q, k, visible, lanes, lse) if use_triton(q) else head_mean_ref(q, k, visible, lanes)
 
 
-def products_ref(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
+def products_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None = None) -> Tensor:
     """The torch twin of `products`: a sum over heads of a group comes before the product with its key."""
+    k = k if lanes is None else k.index_select(0, lanes)
     if visible is not None:
         k = hide(k, visible)
     grouped = q.to(torch.float32).reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
     summed = grouped.sum(2)  # (batch, kv_heads, rows, head_dim)
-    return torch.einsum("bgid,bgjd->bij", summed, k.to(torch.float32)) / q.shape[1]
+    return pad(torch.einsum("bgid,bgjd->bij", summed, k.to(torch.float32)) / q.shape[1], (0, 1))
 
 
-def products(q: Tensor, k: Tensor, visible: Tensor | None = None) -> Tensor:
+def products_triton(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None) -> Tensor:
+    """Launch the kernels of `products`, which add the heads of a group after the products: no sum is rounded."""
+    common, _ = _common(q, k, visible, lanes)
+    return _mean(q, k, common, None, 1)
+
+
+def products(q: Tensor, k: Tensor, visible: Tensor | None = None, lanes: Tensor | None = None) -> Tensor:
     """Dot products of rows with stored keys, averaged over heads.
 
     Args:
-        q: (batch, heads, rows, head_dim).
-        k: (batch, kv_heads, slots, head_dim).
-        visible: (batch, 1 or kv_heads, slots) bool, or None.
+        q: (batch, heads, rows, head_dim), dtype of `k` or float32.
+        k: (sequences, kv_heads, slots, head_dim).
+        visible: (batch, 1 or kv_heads, slots) bool, or None when every key is visible.
+        lanes: as for `probs`.
 
     Returns:
-        (batch, rows, slots) float32.
+        (batch, rows, slots + 1) float32.
     """
-    return products_ref(q, k, visible)
+    return products_triton(q, k, visible, lanes) if use_triton(q) else products_ref(q, k, visible, lanes)
+
+
+# -- launching --------------------------------------------------------------------------------------------------------
+
+
+def _common(
+    q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None
+) -> tuple[dict[str, Any], tuple[int, int, int, int]]:
+    """The arguments that all kernels of scores take, and (batch, heads, rows, slots)."""
+    batch, heads, n, head_dim = q.shape
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or (visible is not None and visible.stride(-1) != 1):
+        raise ValueError("the last axis of queries, keys and visible must be contiguous")
+    arguments = {
+        "q": q,
+        "k": k,
+        "visible": visible,
+        "lanes": lanes,
+        "n": n,
+        "slots": k.shape[2],
+        "scale": head_dim**-0.5,
+        "q_strides": q.stride()[:3],
+        "k_strides": k.stride()[:3],
+        "visible_strides": _visible_strides(visible),
+        "HEADS": heads,
+        "GROUP": heads // k.shape[1],
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": _side(head_dim),
+    }
+    return arguments, (batch, heads, n, k.shape[2])
+
+
+def _visible_strides(visible: Tensor | None) -> tuple[int, int]:
+    """Steps from lane to lane and from key/value head to key/value head, 0 where all heads see the same."""
+    if visible is None:
+        return 0, 0
+    return visible.stride(0), visible.stride(1) if visible.shape[1] > 1 else 0
+
+
+def _side(size: int) -> int:
+    """The least side of a tile that holds `size`: a power of two that tensor cores take."""
+    return max(int(triton.next_power_of_2(size)), 16)
+
+
+def _tile(kernel: str, rows: int, q: Tensor) -> dict[str, int]:
+    """The launch arguments of a kernel that works on `rows` rows per key/value head, or per head."""
+    tile = TILES[kernel][0 if rows <= FEW else 1 if rows <= SOME else 2]
+    if _side(q.shape[-1]) * q.element_size() > 256:  # wide rows: what is to stay in shared memory must fit
+        tile = Tile(min(tile.rows, 32), min(tile.keys, 64), 4, 2)
+    return {
+        "BLOCK_M": min(tile.rows, _side(rows)),
+        "BLOCK_N": tile.keys,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _share(blocks: int, others: int) -> int:
+    """How many of `blocks` one program works through, where `others` programs exist for each of them."""
+    return int(triton.cdiv(blocks, min(blocks, max(PROGRAMS // others, 1))))
+
+
+def _row_lse(q: Tensor, k: Tensor, common: dict[str, Any]) -> tuple[Tensor, int]:
+    """Log-sum-exp of the scores of every row, (batch, splits, heads, rows), by split of the keys; and their number."""
+    batch, heads, n, _ = q.shape
+    packed = heads // k.shape[1] * n
+    tile = _tile("lse", packed, q)
+    row_blocks, key_blocks = k.shape[1] * triton.cdiv(packed, tile["BLOCK_M"]), triton.cdiv(k.shape[2], tile["BLOCK_N"])
+    per = max(_share(key_blocks, row_blocks), triton.cdiv(key_blocks, MOST_SPLITS))
+    splits = triton.cdiv(key_blocks, per)
+    lse = torch.empty(batch, splits, heads, n, dtype=torch.float32, device=q.device)
+    _lse_kernel[(splits, row_blocks, batch)](**common, **tile, lse=lse, per=per)
+    return lse, splits
+
+
+def _mean(q: Tensor, k: Tensor, common: dict[str, Any], lse: Tensor | None, splits: int) -> Tensor:
+    """Mean over heads of the probabilities, or of the bare products without `lse`: (batch, rows, slots + 1)."""
+    batch, heads, n, _ = q.shape
+    tile = _tile("mean", n, q)
+    key_blocks = triton.cdiv(k.shape[2] + 1, tile["BLOCK_N"])
+    blocks = key_blocks * triton.cdiv(n, tile["BLOCK_M"])
+    per = _share(heads, blocks)
+    parts = triton.cdiv(heads, per)
+    partial = torch.empty(batch, parts, n, k.shape[2] + 1, dtype=torch.float32, device=q.device)
+    _mean_kernel[(blocks, parts, batch)](
+        **common,
+        **tile,
+        lse=lse,
+        splits=splits,
+        out=partial,
+        per=per,
+        key_blocks=key_blocks,
+        BLOCK_S=triton.next_power_of_2(splits),
+    )
+    return _summed(partial)
+
+
+def _summed(partial: Tensor) -> Tensor:
+    """Sum over the parts of (batch, parts, ...) in their order."""
+    batch, parts = partial.shape[:2]
+    if parts == 1:
+        return partial[:, 0]
+    out = torch.empty(batch, *partial.shape[2:], dtype=torch.float32, device=partial.device)
+    size = out[0].numel()
+    block, at_once = (64, 32) if size < 64 * PROGRAMS else (256, 8)
+    _sum_kernel[(triton.cdiv(size, block), batch)](partial, out, parts, size, BLOCK=block, BLOCK_P=at_once, num_warps=4)
+    return out
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sequence(lanes, i_b):
+    """The sequence whose keys lane i_b reads."""
+    if lanes is not None:
+        i_b = tl.load(lanes + i_b).to(tl.int64)
+    return i_b
+
+
+@triton.jit
+def _seen(visible, offset, o_n, slots):
+    """Which keys of a tile exist and are visible."""
+    m_n = o_n < slots
+    if visible is not None:
+        m_n = m_n & tl.load(visible + offset + o_n, mask=m_n, other=0)
+    return m_n
+
+
+@triton.jit
+def _packed(q, q_strides, i_b, i_h, o_m, n):
+    """Pointers to rows o_m of the heads from i_h on: head after head, n rows each."""
+    return q + i_b * q_strides[0] + (i_h + o_m // n) * q_strides[1] + (o_m % n) * q_strides[2]
+
+
+@triton.jit
+def _vectors(p_rows, m_rows, o_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Vectors (rows, head_dim) from pointers (rows, 1), or their transpose from pointers (1, rows)."""
+    m = m_rows
+    if HEAD_DIM != BLOCK_D:
+        m = m_rows & (o_d < HEAD_DIM)
+    return tl.load(p_rows + o_d, mask=m, other=0.0)
+
+
+@triton.jit
+def _joined(lse, o_r, m_r, rows, splits, BLOCK_S: tl.constexpr):
+    """Log-sum-exp in base 2 of rows at offsets o_r, from those of the splits, `rows` apart; 0 beyond the last row."""
+    if BLOCK_S == 1:
+        b_lse = tl.load(lse + o_r, mask=m_r, other=0.0) * LOG2E
+    else:
+        o_s = tl.arange(0, BLOCK_S)
+        b_each = tl.load(lse + o_s[:, None] * rows + o_r[None, :], mask=m_r[None, :], other=0.0) * LOG2E
+        b_each = tl.where((o_s < splits)[:, None], b_each, -float("inf"))
+        b_max = tl.max(b_each, 0)
+        b_lse = b_max + tl.log2(tl.sum(tl.exp2(b_each - b_max[None, :]), 0))
+    return b_lse
+
+
+@triton.jit
+def _lse_kernel(
+    q,
+    k,
+    visible,
+    lanes,
+    lse,
+    n,
+    slots,
+    per,
+    scale,
+    q_strides,
+    k_strides,
+    visible_strides,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """lse[b, split, h, i] = log sum_j exp(scale * q[b, h, i] . k[j]) over the visible keys j of a split.
+
+    A program takes packed rows: those of all heads that read one key/value head.
+    """
+    i_split, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    row_blocks = tl.cdiv(GROUP * n, BLOCK_M)
+    i_g, i_m = tl.program_id(1) // row_blocks, tl.program_id(1) % row_blocks
+    o_m, o_d = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    m_m = o_m < GROUP * n
+    p_q = _packed(q, q_strides, i_b, i_g * GROUP, o_m, n)
+    b_q = _vectors(p_q[:, None], m_m[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
+    p_k = k + _sequence(lanes, i_b) * k_strides[0] + i_g * k_strides[1]
+
+    b_max = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite: no inf - inf where all keys are hidden
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    for i_n in range(i_split * per, tl.minimum((i_split + 1) * per, tl.cdiv(slots, BLOCK_N))):
+        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        b_k = _vectors(p_k + (o_n * k_strides[2])[None, :], (o_n < slots)[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
+        m_n = _seen(visible, i_b * visible_strides[0] + i_g * visible_strides[1], o_n, slots)
+        b_score = tl.dot(b_q, b_k, input_precision="ieee") * (scale * LOG2E)
+        b_score = tl.where(m_n[None, :], b_score, -float("inf"))
+        b_new = tl.maximum(b_max, tl.max(b_score, 1))
+        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_score - b_new[:, None]), 1)
+        b_max = b_new
+    b_lse = (b_max + tl.log2(tl.maximum(b_sum, 1.0))) / LOG2E  # a sum is at least 1 where a key is visible
+    p_lse = lse + (i_b * tl.num_programs(0) + i_split) * HEADS * n + i_g * GROUP * n + o_m
+    tl.store(p_lse, b_lse, mask=m_m)
+
+
+@triton.jit
+def _probs_kernel(
+    q,
+    k,
+    visible,
+    lanes,
+    lse,
+    out,
+    n,
+    slots,
+    splits,
+    scale,
+    q_strides,
+    k_strides,
+    visible_strides,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """out[b, h, i, j] = exp(scale * q[b, h, i] . k[j] - lse[b, h, i]) for visible keys j, else 0; packed rows."""
+    i_n, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    row_blocks = tl.cdiv(GROUP * n, BLOCK_M)
+    i_g, i_m = tl.program_id(1) // row_blocks, tl.program_id(1) % row_blocks
+    o_m, o_d = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m = o_m < GROUP * n
+    p_q = _packed(q, q_strides, i_b, i_g * GROUP, o_m, n)
+    b_q = _vectors(p_q[:, None], m_m[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
+    p_k = k + _sequence(lanes, i_b) * k_strides[0] + i_g * k_strides[1] + o_n * k_strides[2]
+    b_k = _vectors(p_k[None, :], (o_n < slots)[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
+    m_n = _seen(visible, i_b * visible_strides[0] + i_g * visible_strides[1], o_n, slots)
+    b_lse = _joined(lse + i_b * splits * HEADS * n, i_g * GROUP * n + o_m, m_m, HEADS * n, splits, BLOCK_S)
+    b_score = tl.dot(b_q, b_k, input_precision="ieee") * (scale * LOG2E)
+    b_p = tl.where(m_n[None, :], tl.exp2(b_score - b_lse[:, None]), 0.0)
+    p_out = out + (i_b * HEADS + i_g * GROUP) * n * (slots + 1) + (o_m * (slots + 1))[:, None] + o_n[None, :]
+    tl.store(p_out, b_p, mask=m_m[:, None] & (o_n <= slots)[None, :])
+
+
+@triton.jit
+def _received_kernel(
+    q,
+    k,
+    visible,
+    lanes,
+    lse,
+    weight,
+    out,
+    n,
+    slots,
+    splits,
+    parts,
+    per,
+    scale,
+    q_strides,
+    k_strides,
+    visible_strides,
+    weight_strides,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """out[b, part, j] = sum over the packed rows of a part of weight[b, i] p[b, h, i, j], with keys by rows as tile.
+
+    The keys of a program stay, the rows pass by.
+    """
+    i_n, i_part, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_g, i_first = i_part // parts, (i_part % parts) * per
+    o_n, o_d = i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    p_k = k + _sequence(lanes, i_b) * k_strides[0] + i_g * k_strides[1] + o_n * k_strides[2]
+    b_k = _vectors(p_k[:, None], (o_n < slots)[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
+    m_n = _seen(visible, i_b * visible_strides[0] + i_g * visible_strides[1], o_n, slots)
+    lse += i_b * splits * HEADS * n
+
+    b_sum = tl.zeros((BLOCK_N,), tl.float32)
+    for i_m in range(i_first, tl.minimum(i_first + per, tl.cdiv(GROUP * n, BLOCK_M))):
+        o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_m = o_m < GROUP * n
+        p_weight = weight + i_b * weight_strides[0] + (o_m % n) * weight_strides[1]
+        b_weight = tl.load(p_weight, mask=m_m, other=0).to(tl.float32)
+        p_q = _packed(q, q_strides, i_b, i_g * GROUP, o_m, n)
+        b_q = _vectors(p_q[None, :], m_m[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
+        b_lse = _joined(lse, i_g * GROUP * n + o_m, m_m, HEADS * n, splits, BLOCK_S)
+        b_score = tl.dot(b_k, b_q, input_precision="ieee") * (scale * LOG2E)
+        b_p = tl.exp2(b_score - b_lse[None, :]) * b_weight[None, :]
+        b_sum += tl.sum(tl.where((b_weight != 0)[None, :], b_p, 0.0), 1)
+    p_out = out + (i_b * tl.num_programs(1) + i_part) * (slots + 1) + o_n
+    tl.store(p_out, tl.where(m_n, b_sum, 0.0), mask=o_n <= slots)
+
+
+@triton.jit
+def _mean_kernel(
+    q,
+    k,
+    visible,
+    lanes,
+    lse,
+    out,
+    n,
+    slots,
+    splits,
+    per,
+    key_blocks,
+    scale,
+    q_strides,
+    k_strides,
+    visible_strides,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """out[b, part, i, j] = 1 / heads * sum over the heads of a part of p[b, h, i, j], or without `lse` of q . k."""
+    i_n, i_m = tl.program_id(0) % key_blocks, tl.program_id(0) // key_blocks
+    i_part, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_m = o_m < n
+    p_q = q + i_b * q_strides[0] + o_m * q_strides[2]
+    p_k = k + _sequence(lanes, i_b) * k_strides[0] + o_n * k_strides[2]
+
+    b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i_h in range(i_part * per, tl.minimum((i_part + 1) * per, HEADS)):
+        b_q = _vectors((p_q + i_h * q_strides[1])[:, None], m_m[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
+        p_kh = (p_k + i_h // GROUP * k_strides[1])[None, :]
+        b_k = _vectors(p_kh, (o_n < slots)[None, :], o_d[:, None], HEAD_DIM, BLOCK_D).to(b_q.dtype)
+        m_n = _seen(visible, i_b * visible_strides[0] + i_h // GROUP * visible_strides[1], o_n, slots)
+        b_score = tl.dot(b_q, b_k, input_precision="ieee")
+        if lse is not None:
+            b_lse = _joined(lse + i_b * splits * HEADS * n, i_h * n + o_m, m_m, HEADS * n, splits, BLOCK_S)
+            b_score = tl.exp2(b_score * (scale * LOG2E) - b_lse[:, None])
+        b_sum += tl.where(m_n[None, :], b_score, 0.0)
+    p_out = out + (i_b * tl.num_programs(1) + i_part) * n * (slots + 1) + (o_m * (slots + 1))[:, None] + o_n[None, :]
+    tl.store(p_out, b_sum / HEADS, mask=m_m[:, None] & (o_n <= slots)[None, :])
+
+
+@triton.jit
+def _sum_kernel(partial, out, parts, size, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr):
+    """out[b, j] = sum_part partial[b, part, j]."""
+    i_b = tl.program_id(1).to(tl.int64)
+    o_j, o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_P)
+    p_partial = partial + i_b * parts * size + o_p[:, None].to(tl.int64) * size + o_j[None, :]
+    b_sum = tl.zeros((BLOCK,), tl.float32)
+    for i_p in range(0, parts, BLOCK_P):
+        m = (i_p + o_p < parts)[:, None] & (o_j < size)[None, :]
+        b_sum += tl.sum(tl.load(p_partial + i_p * size, mask=m, other=0.0), 0)
+    tl.store(out + i_b * size + o_j, b_sum, mask=o_j < size)
