@@ -23,7 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from dcache.kernels.confidence import best_token, confidence_of
+from dcache.kernels.confidence import Summary, best_token, confidence_of, summarize
 from dcache.kernels.noise import uniform
 
 if TYPE_CHECKING:
@@ -139,12 +139,14 @@ class Drawn:
             filtered out or is held back.
         confidence: (batch, w) float32, probability of the candidate there.
         held: (batch, w) bool: the candidate is an end of the text that is to be committed last; None if none is.
+        summary: of the logits, where one pass over them gave tokens and confidence; None otherwise.
     """
 
     tokens: Tensor
     logits: Tensor
     confidence: Tensor
     held: Tensor | None = None
+    summary: Summary | None = None
 
 
 def draw(logits: Tensor, at: Asked, sampling: Sampling, noise: Noise) -> Drawn:
@@ -157,7 +159,10 @@ def draw(logits: Tensor, at: Asked, sampling: Sampling, noise: Noise) -> Drawn:
         noise: source of the Gumbel noise.
     """
     logits = _allowed(logits, at, sampling)
-    judged = filtered(logits, sampling) if sampling.confidence == "filtered" else logits
+    judged = _judged(logits, sampling)
+    if judged is logits and sampling.temperature == 0 and sampling.eos_last == "off":
+        summary = summarize(logits, (at.mask_id,))
+        return Drawn(summary.token, logits, summary.confidence, summary=summary)
     tokens = best_token(logits, (at.mask_id,))
     if sampling.temperature > 0:
         tokens = _sample(logits, judged, tokens, at, sampling, noise)
@@ -188,7 +193,7 @@ def probability(logits: Tensor, tokens: Tensor, at: Asked, sampling: Sampling) -
         sampling: the rule.
     """
     logits = _allowed(logits, at, sampling)
-    return confidence_of(filtered(logits, sampling) if sampling.confidence == "filtered" else logits, tokens)
+    return confidence_of(_judged(logits, sampling), tokens)
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -211,6 +216,12 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     if k is not None:
         logits = logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], NEVER)
     return logits
+
+
+def _judged(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The logits whose softmax scores are taken from: `logits` themselves where nothing is filtered."""
+    narrows = sampling.temperature > 0 or sampling.top_k is not None or (sampling.top_p or 1) < 1
+    return filtered(logits, sampling) if sampling.confidence == "filtered" and narrows else logits
 
 
 def _sample(logits: Tensor, judged: Tensor, best: Tensor, at: Asked, sampling: Sampling, noise: Noise) -> Tensor:

@@ -15,11 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dcache.kernels.confidence import Summary, certainty, summarize
 from dcache.unmasking.base import Asked
 from dcache.unmasking.sampling import Drawn, Noise
 
 Score = Literal["confidence", "margin", "entropy", "random"]
-TINY = 1e-10  # as published; keeps the logarithm of a filtered token finite
 HELD = torch.finfo(torch.float32).min  # score of a row that is to come last
 
 
@@ -28,16 +28,12 @@ def margin_of(logits: Tensor) -> Tensor:
 
     The maximum is subtracted before anything is rounded: a low temperature makes large logits and leads close to 1.
     """
-    logits = logits.to(torch.float32)
-    top = logits.topk(2, dim=-1).values
-    weight = (logits - top[..., :1]).exp()
-    return (1 - (top[..., 1] - top[..., 0]).exp()) / weight.sum(-1)
+    return summarize(logits).margin
 
 
-def certainty_of(logits: Tensor) -> Tensor:
-    """(batch, w) float32: negative entropy of the softmax of (batch, w, vocab)."""
-    p = logits.to(torch.float32).softmax(-1)
-    return (p * (p + TINY).log()).sum(-1)
+def certainty_of(logits: Tensor, summary: Summary | None = None) -> Tensor:
+    """(batch, w) float32: negative entropy of the softmax of (batch, w, vocab); a `summary` at hand saves a pass."""
+    return certainty(logits, summary)
 
 
 def score_of(kind: Score, drawn: Drawn, at: Asked, noise: Noise) -> Tensor:
@@ -46,5 +42,8 @@ def score_of(kind: Score, drawn: Drawn, at: Asked, noise: Noise) -> Tensor:
         return noise.positions(at)
     if kind == "confidence":
         return drawn.confidence
-    score = margin_of(drawn.logits) if kind == "margin" else certainty_of(drawn.logits)
+    if kind == "entropy":
+        score = certainty_of(drawn.logits, drawn.summary)
+    else:
+        score = margin_of(drawn.logits) if drawn.summary is None else drawn.summary.margin
     return score if drawn.held is None else score.masked_fill(drawn.held, HELD)

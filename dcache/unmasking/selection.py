@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dcache.kernels.select import highest, rank
+
 FactorVariant = Literal["repaired", "fast-dllm", "d2"]
 
 
@@ -19,18 +21,12 @@ def ranked(score: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         order (batch, w) int64, row at each place, and place (batch, w) int64, place of each row.
     """
-    lowest = torch.finfo(score.dtype).min  # above -inf, so that an eligible row never falls behind one that is not
-    bounded = score.clamp_min(lowest).masked_fill(~eligible, float("-inf"))
-    order = bounded.sort(dim=-1, descending=True, stable=True).indices
-    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    place = torch.empty_like(order).scatter_(-1, order, places)
-    return order, place
+    return rank(score, eligible)
 
 
 def best(score: Tensor, eligible: Tensor, count: Tensor | int) -> Tensor:
     """Mark the `count` (batch,) highest scores among `eligible` (batch, w); ties go to the leftmost."""
-    place = ranked(score, eligible)[1]
-    return eligible & (place < (count if isinstance(count, int) else count[:, None]))
+    return highest(score, eligible, count)
 
 
 def between(score: Tensor, eligible: Tensor, chosen: Tensor, least: Tensor | int, most: Tensor | int | None) -> Tensor:
