@@ -87,11 +87,12 @@ def rotary_scatter_ref(
     v_store: Tensor,
     lanes: Tensor | None = None,
     q_store: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """The torch twin of `rotary_scatter`."""
     x = qkv if bias is None else qkv + bias
     x = x.reshape(*x.shape[:2], -1, k_store.shape[-1])  # (batch, n, heads + 2 * kv_heads, head_dim)
-    at = rows.clamp(max=len(cos) - 1)
+    at = (rows if positions is None else positions).clamp(max=len(cos) - 1)
     cos, sin = cos[at][:, :, None], sin[at][:, :, None]
     kv_heads = k_store.shape[1]
     q, k, v = torch.split(x, [x.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
@@ -115,11 +116,13 @@ def rotary_scatter_triton(
     v_store: Tensor,
     lanes: Tensor | None = None,
     q_store: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """The kernel of `rotary_scatter`."""
     (batch, n, width), (kv_heads, head_dim) = qkv.shape, k_store.shape[1::2]
     heads = width // head_dim - 2 * kv_heads
     q = qkv.new_empty(batch, n, heads, head_dim)
+    positions = rows if positions is None else positions
     block = _block_heads(heads + 2 * kv_heads, head_dim)
     _rotary_scatter_kernel[(n, triton.cdiv(heads + 2 * kv_heads, block), batch)](
         qkv,
@@ -132,9 +135,11 @@ def rotary_scatter_triton(
         v_store,
         lanes,
         q_store,
+        positions,
         len(cos) - 1,
         *qkv.stride()[:2],
         *rows.stride(),
+        *positions.stride(),
         *k_store.stride()[:3],
         *v_store.stride()[:3],
         *((0, 0, 0) if q_store is None else q_store.stride()[:3]),
@@ -161,6 +166,7 @@ def rotary_scatter(
     v_store: Tensor,
     lanes: Tensor | None = None,
     q_store: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Rotate the queries and keys of a fused projection, and write keys and values to their stores.
 
@@ -168,7 +174,7 @@ def rotary_scatter(
         qkv: (batch, n, (heads + 2 * kv_heads) * head_dim): queries, keys and values side by side, not yet rotated;
             the last axis contiguous, like that of every store.
         bias: ((heads + 2 * kv_heads) * head_dim,), dtype of `qkv`, added to it and rounded first; or None.
-        rows: (batch, n) int64, the positions of the rows; repeated entries must be the dump slot.
+        rows: (batch, n) int64, the slots of the rows; repeated entries must be the dump slot.
         cos: (positions, head_dim / 2) float32, contiguous, from `rotary_table`; later positions turn by the last
             angle, so that the dump slot needs none.
         sin: like `cos`.
@@ -178,12 +184,13 @@ def rotary_scatter(
         lanes: (batch,) int64, the sequence of the stores that each list of rows belongs to; None when they are all of
             them, in order.
         q_store: (sequences, heads, slots, head_dim), overwritten at `rows` with the result; or None.
+        positions: (batch, n) int64, by which they are rotated; None when these are the slots.
 
     Returns:
         rotated queries (batch, heads, n, head_dim); a transposed view of (batch, n, heads, head_dim).
     """
     op = rotary_scatter_triton if use_triton(qkv) else rotary_scatter_ref
-    return op(qkv, bias, rows, cos, sin, full_precision, k_store, v_store, lanes, q_store)
+    return op(qkv, bias, rows, cos, sin, full_precision, k_store, v_store, lanes, q_store, positions)
 
 
 def _block_heads(heads: int, head_dim: int) -> int:
@@ -260,11 +267,14 @@ def _rotary_scatter_kernel(
     v_store,
     lanes,
     q_store,
+    positions,
     last_position,
     stride_qkv_b,
     stride_qkv_n,
     stride_rows_b,
     stride_rows_n,
+    stride_positions_b,
+    stride_positions_n,
     stride_k_b,
     stride_k_h,
     stride_k_n,
@@ -300,7 +310,8 @@ def _rotary_scatter_kernel(
     i_lane = i_b
     if lanes is not None:
         i_lane = tl.load(lanes + i_b)
-    p_angle = tl.minimum(i_slot, last_position) * HALF + o_d
+    i_position = tl.load(positions + i_b * stride_positions_b + i_n * stride_positions_n)
+    p_angle = tl.minimum(i_position, last_position) * HALF + o_d
     b_cos = tl.load(cos + p_angle, mask=m_d, other=0.0)
     b_sin = tl.load(sin + p_angle, mask=m_d, other=0.0)
     b_y1, b_y2 = _turn(b_x1, b_x2, b_cos[None, :], b_sin[None, :], FULL)

@@ -223,9 +223,14 @@ class Transformer(nn.Module):
         """(batch, rows) int64 -> (batch, rows, d_model)."""
         return self.embedding[tokens]
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin at positions (batch, rows): each (batch, 1, rows, head_dim / 2) float32."""
-        return self.cos[positions][:, None], self.sin[positions][:, None]
+    def positions(self, slots: Tensor) -> Tensor:
+        """By which position each slot (batch, rows) is rotated: its own number."""
+        return slots
+
+    def angles(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin at slots (batch, rows): each (batch, 1, rows, head_dim / 2) float32."""
+        at = self.positions(slots)
+        return self.cos[at][:, None], self.sin[at][:, None]
 
     def logits(self, h: Tensor) -> Tensor:
         """Final norm and head: (batch, rows, d_model) -> (batch, rows, vocab)."""

@@ -135,12 +135,12 @@ class D2Cache(CachePolicy):
 
         A row of W is half head-averaged attention and half identity if it was computed, else the identity.
         """
-        at, rows, _ = self._passed[0]
+        at, rows, q = self._passed[0]
         sums = torch.ones(rows.shape[0], at.dump + 1, device=rows.device)
+        share = 0.5 * (rows < at.dump)  # attention and identity: rows sum to 2 before division
         for at, rows, q in reversed(self._passed):
-            mine = sums.gather(1, rows)
-            half = (mine / 2).masked_fill(rows == at.dump, 0)  # attention and identity: rows sum to 2 before division
-            sums = sums.scatter(1, rows, mine - half) + at.received(q, half) / q.shape[1]
+            half = sums.gather(1, rows) * share
+            sums.scatter_add_(1, rows, -half).add_(at.received(q, half), alpha=1 / q.shape[1])
         return sums[:, :-1]
 
     def _recall(self, state: State) -> None:

@@ -99,15 +99,17 @@ class ElasticCache(CachePolicy):
         """An ordinary layer, the drift test of the tracked rows (section 3.3), and the next step's picks."""
         testing = at.kind == "reuse" and at.sets["tracked"].shape[1] > 0
         if testing:  # old queries on old keys: before the write
-            past = at.probs(at.stored("Q", at.sets["tracked"]))
+            with at.aside():
+                past = at.probs(at.stored("Q", at.sets["tracked"]))
         q = at.refresh(rows, h)
-        if testing:
-            now = at.probs(at.stored("Q", at.sets["tracked"]))
-            at.report("similarity", at.similarity(past, now, at.sets["tracked"], AXIS[self.config.variant]))
-        received = at.received(at.stored("Q", at.sets["window"]), at.sets["window"] < at.dump)
-        score = received.masked_fill(at.flags["excluded"], -1)[:, :-1]
-        picks, _ = lowest(-score, self.config.track_num, self.config.track_num)
-        at.report("picks", picks.masked_fill(score.gather(1, picks) < 0, at.dump))
+        with at.aside():
+            if testing:
+                now = at.probs(at.stored("Q", at.sets["tracked"]))
+                at.report("similarity", at.similarity(past, now, at.sets["tracked"], AXIS[self.config.variant]))
+            received = at.received(at.stored("Q", at.sets["window"]), at.sets["window"] < at.dump)
+            score = received.masked_fill(at.flags["excluded"], -1)[:, :-1]
+            picks, _ = lowest(-score, self.config.track_num, self.config.track_num)
+            at.report("picks", picks.masked_fill(score.gather(1, picks) < 0, at.dump))
         return rows, at.finish(h, at.attend(rows, q))
 
     def review(self, state: State, plan: Plan, seen: Seen) -> Plan | None:

@@ -255,6 +255,7 @@ class Layer:
             stores["V"],
             self._lanes,
             stores.get("Q"),
+            self._model.positions(rows),
         )
         self._count("kv_rows", rows)
         self.q, self.q_rows = q, rows

@@ -41,9 +41,9 @@ class LeftPadded(Transformer):
         self.places = (counted - torch.tensor(pads)[:, None]).clamp(0, spec.max_positions - 1)
         self.lanes = torch.arange(len(pads))
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the places, for the sequences that the pass runs."""
-        return super().angles(self.places[self.lanes].gather(1, positions))
+    def positions(self, slots: Tensor) -> Tensor:
+        """The places, for the sequences that the pass runs."""
+        return self.places[self.lanes].gather(1, slots)
 
 
 class Recorded(Filter):
