@@ -13,6 +13,7 @@ its part and the ``lse`` of that part, and ``o = sum_s exp(lse_s - lse) o_s`` wi
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ PROGRAMS = 264  # how many programs the split over keys aims at: two for each of
 MOST_SPLITS = 64
 
 
-class Keys(NamedTuple):
+@dataclass(frozen=True)
+class Keys:
     """The visible keys as lists: see `visible_keys`.
 
     Attributes:
@@ -151,8 +153,7 @@ def attend_lse_ref(
         k = k.index_select(0, lanes)
     if visible is not None:
         k = hide(k, visible)
-    group = q.shape[1] // k.shape[1]
-    grouped = q.float().unflatten(1, (-1, group))  # (batch, kv_heads, group, rows, head_dim)
+    grouped = q.float().reshape(len(q), k.shape[1], -1, *q.shape[2:])  # (batch, kv_heads, group, rows, head_dim)
     score = grouped @ k.float()[:, :, None].transpose(-1, -2) / math.sqrt(q.shape[-1])
     if visible is not None:
         score = score.masked_fill(~visible[:, :, None, None], float("-inf"))
@@ -262,7 +263,7 @@ def _launch(
     if splits > 1:
         part_o = torch.empty(batch, n, heads, splits, dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(batch, heads, n, splits, dtype=torch.float32, device=q.device)
-    index, count = keys if keys is not None else (None, None)
+    index, count = (keys.index, keys.count) if keys is not None else (None, None)
     grid = (triton.cdiv(n * group, tiles.block_m), splits, batch * kv_heads)
     _attend_kernel[grid](
         *(q, k, v, index, count, lanes, part_o, part_lse),
