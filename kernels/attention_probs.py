@@ -45,7 +45,7 @@ TILES = {  # by kernel, for few, some and many rows
     "lse": (Tile(16, 128, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
     "probs": (Tile(16, 128, 4, 1), Tile(64, 64, 4, 1), Tile(64, 128, 8, 1)),
     "received": (Tile(16, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
-    "mean": (Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 128, 8, 3)),
+    "mean": (Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 2)),
 }
 FEW, SOME = 16, 256
 
@@ -71,7 +71,7 @@ def probs_triton(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | N
     out = torch.empty(batch, heads, n, slots + 1, dtype=torch.float32, device=q.device)
     packed = heads // k.shape[1] * n
     tile = _tile("probs", packed, q)
-    grid = (triton.cdiv(slots + 1, tile["BLOCK_N"]), k.shape[1] * triton.cdiv(packed, tile["BLOCK_M"]), batch)
+    grid = (triton.cdiv(slots, tile["BLOCK_N"]), k.shape[1] * triton.cdiv(packed, tile["BLOCK_M"]), batch)
     _probs_kernel[grid](**common, **tile, lse=lse, splits=splits, out=out, BLOCK_S=triton.next_power_of_2(splits))
     return out
 
@@ -110,7 +110,7 @@ def received_triton(
     lse, splits = _row_lse(q, k, common) if lse is None else (lse.contiguous(), 1)
     packed = heads // k.shape[1] * n
     tile = _tile("received", packed, q)
-    row_blocks, key_blocks = triton.cdiv(packed, tile["BLOCK_M"]), triton.cdiv(slots + 1, tile["BLOCK_N"])
+    row_blocks, key_blocks = triton.cdiv(packed, tile["BLOCK_M"]), triton.cdiv(slots, tile["BLOCK_N"])
     per = _share(row_blocks, key_blocks * k.shape[1])
     parts = triton.cdiv(row_blocks, per)
     partial = torch.empty(batch, k.shape[1] * parts, slots + 1, dtype=torch.float32, device=q.device)
@@ -262,7 +262,7 @@ def _tile(kernel: str, rows: int, q: Tensor) -> dict[str, int]:
     """The launch arguments of a kernel that works on `rows` rows per key/value head, or per head."""
     tile = TILES[kernel][0 if rows <= FEW else 1 if rows <= SOME else 2]
     if _side(q.shape[-1]) * q.element_size() > 256:  # wide rows: what is to stay in shared memory must fit
-        tile = Tile(min(tile.rows, 32), min(tile.keys, 64), 4, 2)
+        tile = Tile(min(tile.rows, 32), 32, 8, 2)
     return {
         "BLOCK_M": min(tile.rows, _side(rows)),
         "BLOCK_N": tile.keys,
@@ -293,7 +293,7 @@ def _mean(q: Tensor, k: Tensor, common: dict[str, Any], lse: Tensor | None, spli
     """Mean over heads of the probabilities, or of the bare products without `lse`: (batch, rows, slots + 1)."""
     batch, heads, n, _ = q.shape
     tile = _tile("mean", n, q)
-    key_blocks = triton.cdiv(k.shape[2] + 1, tile["BLOCK_N"])
+    key_blocks = triton.cdiv(k.shape[2], tile["BLOCK_N"])
     blocks = key_blocks * triton.cdiv(n, tile["BLOCK_M"])
     per = _share(heads, blocks)
     parts = triton.cdiv(heads, per)
@@ -370,6 +370,15 @@ def _joined(lse, o_r, m_r, rows, splits, BLOCK_S: tl.constexpr):
         b_max = tl.max(b_each, 0)
         b_lse = b_max + tl.log2(tl.sum(tl.exp2(b_each - b_max[None, :]), 0))
     return b_lse
+
+
+@triton.jit
+def _store_rows(p_out, b_tile, o_m, m_m, i_n, o_n, slots):
+    """Write a tile of (rows, slots + 1); with the first keys the column of the dump slot."""
+    p_rows = p_out + o_m * (slots + 1)
+    tl.store(p_rows[:, None] + o_n[None, :], b_tile, mask=m_m[:, None] & (o_n < slots)[None, :])
+    if i_n == 0:
+        tl.store(p_rows + slots, tl.zeros_like(o_m).to(tl.float32), mask=m_m)
 
 
 @triton.jit
@@ -460,8 +469,7 @@ def _probs_kernel(
     b_lse = _joined(lse + i_b * splits * HEADS * n, i_g * GROUP * n + o_m, m_m, HEADS * n, splits, BLOCK_S)
     b_score = tl.dot(b_q, b_k, input_precision="ieee") * (scale * LOG2E)
     b_p = tl.where(m_n[None, :], tl.exp2(b_score - b_lse[:, None]), 0.0)
-    p_out = out + (i_b * HEADS + i_g * GROUP) * n * (slots + 1) + (o_m * (slots + 1))[:, None] + o_n[None, :]
-    tl.store(p_out, b_p, mask=m_m[:, None] & (o_n <= slots)[None, :])
+    _store_rows(out + (i_b * HEADS + i_g * GROUP) * n * (slots + 1), b_p, o_m, m_m, i_n, o_n, slots)
 
 
 @triton.jit
@@ -515,8 +523,10 @@ def _received_kernel(
         b_score = tl.dot(b_k, b_q, input_precision="ieee") * (scale * LOG2E)
         b_p = tl.exp2(b_score - b_lse[None, :]) * b_weight[None, :]
         b_sum += tl.sum(tl.where((b_weight != 0)[None, :], b_p, 0.0), 1)
-    p_out = out + (i_b * tl.num_programs(1) + i_part) * (slots + 1) + o_n
-    tl.store(p_out, tl.where(m_n, b_sum, 0.0), mask=o_n <= slots)
+    p_out = out + (i_b * tl.num_programs(1) + i_part) * (slots + 1)
+    tl.store(p_out + o_n, tl.where(m_n, b_sum, 0.0), mask=o_n < slots)
+    if i_n == 0:
+        tl.store(p_out + slots, 0.0)
 
 
 @triton.jit
@@ -557,15 +567,18 @@ def _mean_kernel(
     for i_h in range(i_part * per, tl.minimum((i_part + 1) * per, HEADS)):
         b_q = _vectors((p_q + i_h * q_strides[1])[:, None], m_m[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
         p_kh = (p_k + i_h // GROUP * k_strides[1])[None, :]
-        b_k = _vectors(p_kh, (o_n < slots)[None, :], o_d[:, None], HEAD_DIM, BLOCK_D).to(b_q.dtype)
+        b_k = _vectors(p_kh, (o_n < slots)[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
         m_n = _seen(visible, i_b * visible_strides[0] + i_h // GROUP * visible_strides[1], o_n, slots)
-        b_score = tl.dot(b_q, b_k, input_precision="ieee")
+        if b_q.dtype == b_k.dtype:
+            b_score = tl.dot(b_q, b_k, input_precision="ieee")
+        else:  # float32 by half precision: three products lose two bits of the query
+            b_score = tl.dot(b_q, b_k.to(tl.float32), input_precision="tf32x3")
         if lse is not None:
             b_lse = _joined(lse + i_b * splits * HEADS * n, i_h * n + o_m, m_m, HEADS * n, splits, BLOCK_S)
             b_score = tl.exp2(b_score * (scale * LOG2E) - b_lse[:, None])
         b_sum += tl.where(m_n[None, :], b_score, 0.0)
-    p_out = out + (i_b * tl.num_programs(1) + i_part) * n * (slots + 1) + (o_m * (slots + 1))[:, None] + o_n[None, :]
-    tl.store(p_out, b_sum / HEADS, mask=m_m[:, None] & (o_n <= slots)[None, :])
+    p_out = out + (i_b * tl.num_programs(1) + i_part) * n * (slots + 1)
+    _store_rows(p_out, b_sum / HEADS, o_m, m_m, i_n, o_n, slots)
 
 
 @triton.jit
