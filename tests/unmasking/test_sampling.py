@@ -153,3 +153,20 @@ def test_leads_near_one_keep_their_order_at_a_low_temperature():
     lead = margin_of(tempered)
     torch.testing.assert_close(lead.to(torch.float64), two[..., 0] - two[..., 1], atol=2e-7, rtol=0)
     assert (lead.diff() > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("score", ["confidence", "margin", "entropy"])
+def test_without_temperature_and_filters_both_rules_judge_alike(score, dtype):
+    logits = random_logits(6).to(dtype)
+    plain, filtering = (
+        draw(logits, asked(SPEC), Sampling(confidence=rule), Noise(0)) for rule in ("plain", "filtered")
+    )
+    assert torch.equal(plain.tokens, filtering.tokens)
+    by_hand = {
+        "confidence": plain.logits.float().softmax(-1).gather(-1, plain.tokens[..., None])[..., 0],
+        "margin": margin_of(filtered(logits, Sampling())),
+        "entropy": certainty_of(filtered(logits, Sampling())),
+    }
+    for drawn in (plain, filtering):
+        torch.testing.assert_close(score_of(score, drawn, asked(SPEC), Noise(0)), by_hand[score])
