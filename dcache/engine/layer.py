@@ -431,7 +431,9 @@ class Layer:
     def _listed(self) -> Keys | None:
         """The visible keys of this layer as lists."""
         keys = self.now.keys
-        return Keys(*(x[self.index] for x in keys)) if keys is not None and keys.index.dim() == 4 else keys
+        if keys is None or keys.index.dim() == 3:  # the same for all layers
+            return keys
+        return Keys(keys.index[self.index], keys.count[self.index])
 
     def _lse_of(self, q: Tensor) -> Tensor | None:
         """What the attention of these very queries found in this layer, if anything did."""

@@ -64,7 +64,7 @@ class EntropyBounded(Judged):
 
     def choose(self, score: Tensor, drawn: Drawn, at: Asked) -> Tensor:
         """Rows in order of score while the bound holds."""
-        entropy = -certainty_of(drawn.logits)
+        entropy = -certainty_of(drawn.logits, drawn.summary)
         if drawn.held is not None:  # an end of the text that is to come last has no say in how many rows fit
             entropy = entropy.masked_fill(drawn.held, float("inf"))
         return prefix_by_entropy(score, at.eligible, entropy, self.config.gamma, self.config.largest == "published")
