@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 import dcache
 from dcache import catalog, report
+from dcache.bench import commands as bench
 from dcache.calls import policy_calls
 from dcache.compare import Comparison, Experiment, Run
 from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, VerifySettings
@@ -51,6 +52,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+app.add_typer(bench.app, name="bench")
 
 
 def setting(settings: type[BaseModel], name: str, **options: Any) -> Any:

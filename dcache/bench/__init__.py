@@ -1,0 +1,1 @@
+"""What ``dcache bench`` measures: kernels, the linear layers alone, and whole policies against them."""

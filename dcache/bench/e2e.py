@@ -1,0 +1,221 @@
+"""Whole policies: time of a denoising step beside the floor of the rows that it computed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from dcache.bench.floor import Floor, rows_of_passes
+from dcache.bench.reports import EndToEndSettings, PolicyResult, Times
+from dcache.conditions import written
+from dcache.decode import decode
+from dcache.engine import Engine
+from dcache.errors import DCacheError, UsageError
+from dcache.models.loading import Model
+from dcache.models.transformer import ModelSpec
+from dcache.plugins import make_policy, make_unmasker
+from dcache.policy import CachePolicy
+from dcache.state import State
+from dcache.trace import Step
+from dcache.unmasking.base import Sampling, Unmasker
+
+PROBE = 12  # steps by which the time of a decode is estimated
+SHORTEST = 8  # steps of a decode that is stopped early
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of the table: a policy, a batch size, a number of tokens per step."""
+
+    policy: str
+    batch: int
+    tokens_per_step: int
+    settings: EndToEndSettings
+
+    @property
+    def unmask(self) -> str:
+        """The unmasker, as written."""
+        return f"low-confidence(tokens_per_step={self.tokens_per_step})"
+
+    def state(self, spec: ModelSpec) -> State:
+        """A fresh canvas; all policies get the same prompts."""
+        s = self.settings
+        return State(spec, random_prompts(spec, s.prompt, self.batch, s.seed), s.gen, s.block)
+
+    def plugins(self, spec: ModelSpec) -> tuple[CachePolicy, Unmasker]:
+        """Policy and unmasker; raises UsageError where they do not go together."""
+        policy = make_policy(self.policy)
+        unmasker = make_unmasker(self.unmask, Sampling(after_end="decode"))
+        reason = unmasker.refuses(spec) or policy.refuses(spec, unmasker)
+        if reason is not None:
+            raise UsageError(f"it cannot run like this: {reason}")
+        return policy, unmasker
+
+
+def tasks(policies: Sequence[str], settings: EndToEndSettings) -> list[Task]:
+    """Every line, in the order in which they run."""
+    return [
+        Task(written(make_policy(policy)), batch, tokens, settings)
+        for batch in settings.batch
+        for tokens in settings.tokens_per_step
+        for policy in policies
+    ]
+
+
+def random_prompts(spec: ModelSpec, length: int, batch: int, seed: int) -> list[list[int]]:
+    """Prompts without special tokens."""
+    ordinary = np.setdiff1d(np.arange(spec.vocab_size), [spec.mask_id, spec.eos_id, *spec.end_ids])
+    drawn: list[list[int]] = np.random.default_rng(seed).choice(ordinary, size=(batch, length)).tolist()
+    return drawn
+
+
+def floor_of(model: Model, settings: EndToEndSettings) -> Floor:
+    """A floor that is exact where all rows of all sequences are computed."""
+    canvas = settings.prompt + settings.gen
+    return Floor(model.transformer, exact=[canvas * batch for batch in settings.batch])
+
+
+def results(model: Model, lines: Sequence[Task], floor: Floor, extra: Extra) -> Iterator[PolicyResult]:
+    """Run every line; one that fails says why, and the next one runs."""
+    for line in lines:
+        blank = PolicyResult(
+            policy=line.policy, batch=line.batch, tokens_per_step=line.tokens_per_step, unmask=line.unmask
+        )
+        try:
+            result = measure(model, line, floor, extra)
+        except DCacheError as error:
+            result = blank.model_copy(update={"failure": str(error)})
+        except torch.OutOfMemoryError:
+            result = blank.model_copy(update={"failure": _out_of_memory(model, line), "peak_bytes": peak(model)})
+        _free(model)  # here, where no traceback holds the tensors of the run any more
+        yield result
+
+
+def measure(model: Model, line: Task, floor: Floor, extra: Extra) -> PolicyResult:
+    """Decode once outside the clock, then as often as wanted; then, with the engine gone, measure the floor."""
+    runs, seconds, found = _decodes(model, line, extra)
+    _free(model)
+    return summary(line, model.spec, runs, seconds, floor).model_copy(update=found)
+
+
+def _decodes(model: Model, line: Task, extra: Extra) -> tuple[list[list[Step]], float, dict[str, object]]:
+    """The steps of every repeat, the seconds of all, and what the engine tells: fields of `PolicyResult`."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    engine = Engine(model.transformer, *line.plugins(model.spec), graphs=None if line.settings.graphs else False)
+    limit = _warm_up(engine, line, model.spec)
+    runs, seconds = [], 0.0
+    for _ in range(line.settings.repeats):
+        state = line.state(model.spec)
+        began = perf_counter()
+        runs.append(decode(engine, state, limit))
+        seconds += perf_counter() - began - sum(step.recording for step in runs[-1])
+    found: dict[str, object] = {
+        "graphs": engine.graphs,
+        "captured": engine.captured,
+        "cut": limit is not None,
+        "peak_bytes": peak(model),
+        "store_bytes": sum(engine.store_bytes.values()),
+    }
+    return runs, seconds, found | extra(engine, lambda: line.state(model.spec))
+
+
+Extra = Callable[[Engine, Callable[[], State]], dict[str, object]]
+"""What is measured beside the times, once they are known: fields of `PolicyResult`."""
+
+
+def _warm_up(engine: Engine, line: Task, spec: ModelSpec) -> int | None:
+    """Decode outside the clock; returns after how many steps a measured decode stops, None for none."""
+    settings = line.settings
+    if settings.seconds is None:
+        decode(engine, line.state(spec))
+        return None
+    probe = decode(engine, line.state(spec), PROBE)
+    step_s = float(np.mean([step.seconds for step in probe]))
+    limit = steps_within(settings.seconds / (settings.repeats + 1) / step_s, line)
+    decode(engine, line.state(spec), limit)
+    return limit
+
+
+def steps_within(affordable: float, line: Task) -> int | None:
+    """Steps that a decode may take: None for all, whole blocks if it can be one."""
+    block = line.settings.block or line.settings.gen
+    per_block = -(-block // line.tokens_per_step)
+    if affordable >= per_block * (line.settings.gen // block):
+        return None
+    steps = max(SHORTEST, int(affordable))
+    return steps - steps % per_block if steps >= per_block else steps
+
+
+def summary(line: Task, spec: ModelSpec, runs: Sequence[Sequence[Step]], seconds: float, floor: Floor) -> PolicyResult:
+    """What the steps of some equal decodes say."""
+    steps = [step for run in runs for step in run]
+    ms = np.array([step.seconds * 1e3 for step in steps])
+    floors = np.array([floor_of_step(step, floor) for step in steps])
+    rows = np.array([step.row_layers.sum() / spec.n_layers for step in steps])
+    twice = np.array([step.again is not None for step in steps])
+    n = len(runs[0])
+    full = line.batch * (line.settings.prompt + line.settings.gen)
+
+    def apart(which: np.ndarray) -> Times | None:
+        return Times.of(ms[which].tolist(), floors[which].tolist())
+
+    def per_step(values: np.ndarray) -> list[float]:
+        return [round(float(x), 4) for x in np.median(values.reshape(len(runs), n), axis=0)]
+
+    return PolicyResult(
+        policy=line.policy,
+        batch=line.batch,
+        tokens_per_step=line.tokens_per_step,
+        unmask=line.unmask,
+        repeats=len(runs),
+        steps=n,
+        all=apart(np.ones_like(twice)),
+        one_pass=apart(~twice),
+        two_passes=apart(twice),
+        repeat_p50=[round(float(x), 4) for x in np.median(ms.reshape(len(runs), n), axis=1)],
+        tok_s=round(sum(int(step.commit.sum()) for step in steps) / seconds, 2),
+        rows=round(float(rows.mean()), 2),
+        row_share=round(float(rows.mean()) / full, 5),
+        head_rows=round(float(np.mean([sum(head_rows(step)) for step in steps])), 2),
+        nfe=round((len(steps) + int(twice.sum())) / len(runs), 2),
+        trace_ms=per_step(ms),
+        trace_floor=per_step(floors),
+        trace_rows=per_step(rows),
+        trace_passes=[1 + int(x) for x in twice[:n]],
+    )
+
+
+def floor_of_step(step: Step, floor: Floor) -> float:
+    """Milliseconds of the products of a step: each pass for itself, since a second one reads the weights again."""
+    passes = rows_of_passes(step.row_layers, step.again, step.start)
+    return sum(floor.pass_ms(rows.tolist(), head) for rows, head in zip(passes, head_rows(step), strict=True))
+
+
+def head_rows(step: Step) -> list[int]:
+    """Rows of the head, by pass: positions with a candidate; in the second pass those of its sequences."""
+    predicted = np.isfinite(step.confidence)
+    first = [int(predicted.sum())]
+    return first if step.again is None else [*first, int(predicted[step.again.any(1)].sum())]
+
+
+def peak(model: Model) -> int | None:
+    """Most bytes that were in use on the GPU since the line began."""
+    return int(torch.cuda.max_memory_allocated(model.device)) if model.device.type == "cuda" else None
+
+
+def _out_of_memory(model: Model, line: Task) -> str:
+    gib = (peak(model) or 0) / 2**30
+    smaller = "; try a smaller batch" if line.batch > 1 else "; try a shorter prompt or generation"
+    return f"out of memory with batch {line.batch}, after {gib:.1f} GiB{smaller}"
+
+
+def _free(model: Model) -> None:
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()

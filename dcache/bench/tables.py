@@ -1,0 +1,192 @@
+"""Reports as tables: for a screen, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dcache.bench.activity import GROUPS
+from dcache.bench.reports import (
+    Conditions,
+    EndToEndReport,
+    FloorReport,
+    KernelReport,
+    PolicyResult,
+    Report,
+    Times,
+)
+from dcache.text import printable
+
+Cells = list[str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, titles, rows and notes. The first column is text, the others are numbers."""
+
+    heading: str
+    titles: Cells
+    rows: list[Cells]
+    notes: Cells
+
+    def markdown(self) -> str:
+        """For a file."""
+        lines = [self.titles, ["---", *["---:"] * (len(self.titles) - 1)], *self.rows]
+        grid = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+        notes = [line for note in self.notes for line in ("", note)]
+        return printable("\n".join([self.heading, "", *grid, *notes, ""]))
+
+    def plain(self) -> str:
+        """For a pipe."""
+        lines = [self.titles, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.titles))]
+        grid = [
+            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+            for line in lines
+        ]
+        return printable("\n".join([self.heading, *(line.rstrip() for line in grid), *self.notes]))
+
+
+def show(table: Table) -> None:
+    """Print it: with colours and lines on a terminal, plain elsewhere."""
+    from rich.console import Console
+    from rich.table import Table as Drawn
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        print(table.plain(), flush=True)
+        return
+    drawn = Drawn(title=Text(printable(table.heading)), title_justify="left")
+    for i, title in enumerate(table.titles):
+        drawn.add_column(title, justify="right" if i else "left")
+    for row in table.rows:
+        drawn.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(drawn)
+    for note in table.notes:
+        console.print(Text(printable(note)))
+
+
+def tables(report: Report) -> list[Table]:
+    """The tables of a report."""
+    if isinstance(report, KernelReport):
+        return [_kernels(report)]
+    if isinstance(report, FloorReport):
+        return [_floor(report)]
+    return [_end_to_end(report), *_splits(report), *_gaps(report)]
+
+
+def heading(c: Conditions) -> str:
+    """The conditions in one line."""
+    where = c.device_name if c.threads is None else f"{c.device_name}, {c.threads} threads"
+    driver = f" (driver {c.driver})" if c.driver else ""
+    model = f"{c.model}, " if c.model else ""
+    triton = f", triton {c.triton}" if c.triton else ""
+    commit = f" ({c.commit})" if c.commit else ""
+    return f"{model}{c.dtype}, {where}{driver}, torch {c.torch}{triton}, dcache {c.dcache}{commit}, {c.started}"
+
+
+def _kernels(report: KernelReport) -> Table:
+    rows = []
+    for r in report.results:
+        times = [_number(r.us), _number(r.twin_us), _number(None if not (r.us and r.twin_us) else r.twin_us / r.us)]
+        share = "-" if r.share is None else f"{100 * r.share:.0f} %"
+        rates = ["-", "-"] if not r.us else [_number(r.n_bytes / r.us / 1e6), _number(r.n_flops / r.us / 1e6)]
+        state = r.failure or ("warm" if r.cached else "")
+        rows.append([f"{r.op}, {r.size}", r.model, *times, *rates, share, r.bound, f"{r.error or 0:.1g}", state])
+    ceilings = report.ceilings
+    notes = [
+        f"Measured ceilings: copy {ceilings.copy_tb_s} TB/s (read and write counted), product of 8192 x 8192 "
+        f"matrices {ceilings.product_tflop_s} TFLOP/s. Share: of the ceiling named beside it.",
+        "warm: all input sets together fit in the L2 cache, so the time is that of inputs that are already there.",
+    ]
+    titles = ["op", "model", "us", "twin us", "twin / us", "TB/s", "TFLOP/s", "share", "of", "error", ""]
+    return Table(heading(report.conditions), titles, rows, notes)
+
+
+def _floor(report: FloorReport) -> Table:
+    rows = [[str(p.rows), str(p.head_rows), _number(p.ms), _number(p.tflop_s), _number(p.tb_s)] for p in report.results]
+    return Table(heading(report.conditions), ["rows", "head rows", "ms", "TFLOP/s", "TB/s"], rows, [])
+
+
+def _end_to_end(report: EndToEndReport) -> Table:
+    s = report.settings
+    block = f"block {s.block}" if s.block else "one block"
+    what = f"prompt {s.prompt}, gen {s.gen}, {block}, {s.repeats} repeats"
+    titles = [
+        *("policy", "batch", "tokens", "p50 ms", "p5", "p95", "mean", "floor", "efficiency", "one pass: p50", "eff."),
+        *("two: n", "p50", "eff.", "tok/s", "rows", "head", "NFE", "peak GiB", "store GiB", "graphs", "steps"),
+    ]
+    notes = ["floor: mean of the linear layers alone for the same rows; efficiency: floor / measured time."]
+    notes += [f"{_name(r)}: {r.failure}" for r in report.results if r.failure]
+    notes += [
+        f"{_name(r)}: stopped after {r.steps} steps of each decode, so the means are those of its beginning."
+        for r in report.results
+        if r.cut
+    ]
+    return Table(f"{heading(report.conditions)}; {what}", titles, [_line(r) for r in report.results], notes)
+
+
+def _name(r: PolicyResult) -> str:
+    return f"{r.policy}, batch {r.batch}, {r.tokens_per_step} a step"
+
+
+def _line(r: PolicyResult) -> Cells:
+    def part(times: Times | None, *names: str) -> Cells:
+        if times is None:
+            return ["-"] * len(names)
+        found = {**times.model_dump(), "efficiency": f"{100 * times.efficiency:.0f} %", "n": str(times.n)}
+        return [x if isinstance(x := found[name], str) else _number(x) for name in names]
+
+    gib = ["-" if n is None else _number(n / 2**30) for n in (r.peak_bytes, r.store_bytes)]
+    counts = [_number(r.rows), _number(r.head_rows), _number(r.nfe)]
+    return [
+        *(r.policy, str(r.batch), str(r.tokens_per_step)),
+        *part(r.all, "p50", "p5", "p95", "mean", "floor", "efficiency"),
+        *part(r.one_pass, "p50", "efficiency"),
+        *part(r.two_passes, "n", "p50", "efficiency"),
+        *(_number(r.tok_s), *counts, *gib, str(r.captured) if r.graphs else "off", f"{r.repeats} x {r.steps}"),
+    ]
+
+
+def _splits(report: EndToEndReport) -> list[Table]:
+    rows = [
+        [
+            _name(r),
+            str(s.passes),
+            str(s.steps),
+            _number(s.wall),
+            *(_number(s.groups.get(g, 0.0)) for g in GROUPS),
+            _number(s.host),
+        ]
+        for r in report.results
+        for s in r.split
+    ]
+    titles = ["ms of a step", "passes", "steps", "wall", *GROUPS, "host"]
+    note = "From a profile of a few steps, which slows the host. host: time in which the device had no work."
+    return [Table("Where the time goes", titles, rows, [note])] if rows else []
+
+
+def _gaps(report: EndToEndReport) -> list[Table]:
+    rows = [
+        [_name(r), *map(str, (g.steps, g.second_passes, g.syncs, g.most_syncs)), _number(g.largest_gap_us), idle]
+        for r in report.results
+        if (g := r.gaps) is not None
+        for idle in [f"{100 * g.idle_between:.2f} %"]
+    ]
+    titles = ["trace", "steps", "with two passes", "syncs a step", "most", "largest gap us", "idle between passes"]
+    return [Table("What the device waits for", titles, rows, [])] if rows else []
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits, without an exponent."""
+    if value is None:
+        return "-"
+    if value == 0 or value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def combined(parts: Sequence[Table]) -> str:
+    """All tables of a report as one Markdown page."""
+    return "\n".join(table.markdown() for table in parts)

@@ -1,0 +1,117 @@
+"""``dcache bench`` from the command line, on a small model and a CPU."""
+
+import builtins
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcache.bench import clock
+from dcache.bench.reports import EndToEndReport, FloorReport, read
+from dcache.cli import main
+
+SMALL = str(Path(__file__).resolve().parents[1] / "golden" / "models" / "llada_mha")
+SHORT = ["--prompt", "6", "--gen", "4", "--block", "4", "--device", "cpu", "--repeats", "1"]
+E2E = ["bench", "e2e", SMALL, *SHORT, "--policies"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(clock, "LEAST", 1)
+    monkeypatch.setattr(clock, "MOST", 1)
+
+
+def refused(capsys, *arguments):
+    """The one line of an error."""
+    code = main(["bench", *arguments])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    return line.removeprefix("error: ")
+
+
+def test_floor_writes_and_prints_a_line_per_row_count(capsys, tmp_path):
+    assert main(["bench", "floor", SMALL, "--rows", "1,16", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines() == ["1 rows", "16 rows"]
+    assert out.startswith("llada_mha, float32, ")
+    assert out.splitlines()[1].split() == ["rows", "head", "rows", "ms", "TFLOP/s", "TB/s"]
+    report = read(tmp_path / "floor-llada_mha.json")
+    assert isinstance(report, FloorReport)
+    assert [(p.rows, p.head_rows) for p in report.results] == [(1, 32), (16, 32)]
+    assert "| 16 | 32 |" in (tmp_path / "floor-llada_mha.md").read_text()
+
+
+def test_e2e_runs_each_policy_at_each_batch_size_and_writes_what_it_found(capsys, tmp_path):
+    assert main([*E2E, "none,elastic(gamma=0)", "--batch", "1,2", "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    names = [("none", 1), ("elastic(gamma=0.0)", 1), ("none", 2), ("elastic(gamma=0.0)", 2)]
+    assert [line.split(":")[0] for line in err.splitlines()] == [f"{name}, batch {n}" for name, n in names]
+    assert "prompt 6, gen 4, block 4, 1 repeats" in out
+    report = read(tmp_path / "e2e-llada_mha.json")
+    assert isinstance(report, EndToEndReport)
+    assert [(r.policy, r.batch) for r in report.results] == names
+    none, elastic, *_ = report.results
+    assert (none.steps, none.nfe, none.rows, none.row_share, none.head_rows) == (4, 4, 10, 1, 2.5)
+    assert elastic.rows < none.rows
+    assert all(r.all.n == 4 and r.all.p5 <= r.all.p50 <= r.all.p95 for r in report.results)
+    assert all(r.tok_s > 0 and r.store_bytes > 0 and r.peak_bytes is None for r in report.results)
+    assert {10, 20} <= {p.rows for p in report.floor}
+    assert not none.graphs
+
+
+def test_several_tokens_per_step_take_fewer_steps(tmp_path):
+    assert main([*E2E, "none", "--tokens-per-step", "1,2", "--out", str(tmp_path)]) == 0
+    assert [r.steps for r in read(tmp_path / "e2e-llada_mha.json").results] == [4, 2]
+
+
+def test_a_budget_stops_decodes_early_and_says_so(capsys, tmp_path):
+    arguments = ["--prompt", "6", "--gen", "12", "--block", "none", "--repeats", "2", "--seconds", "0.0001"]
+    assert main(["bench", "e2e", SMALL, "--device", "cpu", "--policies", "none", *arguments]) == 0
+    assert "none, batch 1, 1 a step: stopped after 8 steps of each decode" in capsys.readouterr().out
+
+
+def test_a_figure_is_drawn_from_what_was_written(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert main([*E2E, "none,dkv", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main(["bench", "plot", str(tmp_path / "e2e-llada_mha.json"), "--out", str(tmp_path / "new" / "steps")]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "new" / f"steps.{end}") for end in ("svg", "png")]
+    drawing = (tmp_path / "new" / "steps.svg").read_text()
+    assert all(text in drawing for text in ("floor: linear layers alone", "dkv", "ms per step"))
+
+
+def test_drawing_without_matplotlib_says_what_to_install(capsys, tmp_path, monkeypatch):
+    assert main([*E2E, "none", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert "pip install 'dcache[plot]'" in refused(capsys, "plot", str(tmp_path / "e2e-llada_mha.json"))
+
+
+def test_mistakes_are_told_before_anything_is_loaded(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("dcache.bench.commands.load_model", None)
+    e2e = ("e2e", SMALL)
+    assert "unknown policy 'elatsic'" in refused(capsys, *e2e, "--policies", "elatsic")
+    assert "--batch is '1,x'" in refused(capsys, *e2e, "--batch", "1,x")
+    assert "must be at least 1" in refused(capsys, *e2e, "--batch", "0")
+    assert "repeats=0" in refused(capsys, *e2e, "--repeats", "0")
+    assert "--rows is '16;64'" in refused(capsys, "floor", SMALL, "--rows", "16;64")
+    assert "unknown op 'atend'" in refused(capsys, "kernels", "--ops", "atend")
+    assert "unknown dtype 'int8'" in refused(capsys, "kernels", "--dtype", "int8")
+
+
+def test_a_canvas_that_does_not_fit_ends_the_command(capsys):
+    assert "divisible" in refused(capsys, "e2e", SMALL, *SHORT, "--block", "3", "--policies", "none")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_what_needs_a_gpu_says_so(capsys):
+    assert "needs a CUDA device" in refused(capsys, "kernels")
+    assert "profile a GPU" in refused(capsys, "e2e", SMALL, *SHORT, "--policies", "none", "--split")

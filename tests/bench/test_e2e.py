@@ -1,0 +1,129 @@
+"""Whole policies: the arithmetic on steps written by hand, and how a run that fails is told."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import dcache
+from dcache.bench import e2e
+from dcache.bench.e2e import Task, floor_of_step, head_rows, random_prompts, results, steps_within, summary, tasks
+from dcache.bench.reports import EndToEndSettings, PolicyResult, Times
+
+SPEC = SimpleNamespace(n_layers=2)
+SETTINGS = EndToEndSettings(prompt=6, gen=4, block=2, repeats=2)
+LINE = Task("none", 1, 1, SETTINGS)
+
+
+class Simple:
+    """A floor of one millisecond per pass that runs any row, a tenth per row of the head."""
+
+    def pass_ms(self, rows, head):
+        return float(any(rows)) + 0.1 * head
+
+
+def step(ms, rows, predicted, again=None):
+    confidence = np.full((1, 10), -np.inf, dtype=np.float32)
+    confidence[0, :predicted] = 0.5
+    mask = None if again is None else np.arange(10)[None] < again
+    total = rows + (0 if again is None else again)
+    return SimpleNamespace(
+        seconds=ms / 1e3,
+        recording=0.0,
+        row_layers=np.full((2, 1), total),
+        again=mask,
+        start=None if again is None else np.zeros(1, dtype=np.int64),
+        confidence=confidence,
+        commit=np.arange(10)[None] < 1,
+    )
+
+
+RUN = [step(2.0, 10, 2), step(4.0, 3, 1, again=10), step(1.0, 3, 1)]
+SLOWER = [step(4.0, 10, 2), step(8.0, 3, 1, again=10), step(2.0, 3, 1)]
+
+
+def test_a_second_pass_reads_the_weights_and_the_head_again():
+    assert head_rows(RUN[0]) == [2]
+    assert head_rows(RUN[1]) == [1, 1]
+    assert floor_of_step(RUN[0], Simple()) == pytest.approx(1.2)
+    assert floor_of_step(RUN[1], Simple()) == pytest.approx(2.2)
+
+
+def test_efficiency_is_the_sum_of_floors_over_the_sum_of_times():
+    found = summary(LINE, SPEC, [RUN, SLOWER], 0.021, Simple())
+    floors = 1.2 + 2.2 + 1.1
+    assert found.all.efficiency == pytest.approx(2 * floors / 21, abs=1e-4)
+    assert found.one_pass.efficiency == pytest.approx(2 * (1.2 + 1.1) / 9, abs=1e-4)
+    assert found.two_passes.efficiency == pytest.approx(2 * 2.2 / 12, abs=1e-4)
+    assert (found.all.n, found.one_pass.n, found.two_passes.n) == (6, 4, 2)
+
+
+def test_a_summary_tells_steps_rows_and_rates():
+    found = summary(LINE, SPEC, [RUN, SLOWER], 0.021, Simple())
+    assert (found.repeats, found.steps, found.nfe) == (2, 3, 4)
+    assert found.rows == pytest.approx((10 + 13 + 3) / 3, abs=0.01)
+    assert found.row_share == pytest.approx(26 / 30, abs=1e-5)
+    assert found.head_rows == pytest.approx((2 + 2 + 1) / 3, abs=0.01)
+    assert found.tok_s == pytest.approx(6 / 0.021, abs=0.01)
+    assert found.repeat_p50 == [2.0, 4.0]
+    assert found.trace_ms == [3.0, 6.0, 1.5]
+    assert found.trace_passes == [1, 2, 1]
+    assert found.trace_rows == [10, 13, 3]
+
+
+def test_times_of_no_steps_are_none():
+    assert Times.of([], []) is None
+    assert Times.of([1.0, 3.0], [1.0, 1.0]).model_dump() == {
+        "n": 2, "p5": 1.1, "p50": 2.0, "p95": 2.9, "mean": 2.0, "floor": 1.0, "efficiency": 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("affordable", "tokens", "limit"),
+    [(300, 1, None), (256, 1, None), (255, 1, 224), (90, 1, 64), (31, 1, 31), (2, 1, 8), (88, 3, None), (80, 3, 77)],
+)
+def test_a_decode_that_takes_too_long_stops_after_whole_blocks(affordable, tokens, limit):
+    assert steps_within(affordable, Task("none", 1, tokens, EndToEndSettings())) == limit
+
+
+def test_lines_are_all_combinations_by_the_names_of_the_policies():
+    settings = EndToEndSettings(batch=(1, 8), tokens_per_step=(1, 3))
+    found = [(line.policy, line.batch, line.tokens_per_step) for line in tasks(["none", "dkv(interval=8)"], settings)]
+    assert found[:4] == [("none", 1, 1), ("dkv", 1, 1), ("none", 1, 3), ("dkv", 1, 3)]
+    assert len(found) == 8
+    with pytest.raises(dcache.UsageError, match="elastic"):
+        tasks(["elatsic"], settings)
+
+
+def test_prompts_are_ordinary_tokens_and_the_same_for_all():
+    spec = dcache.load_model("tiny-llada", device="meta").spec
+    drawn = random_prompts(spec, 50, 3, seed=1)
+    assert drawn == random_prompts(spec, 50, 3, seed=1) != random_prompts(spec, 50, 3, seed=2)
+    assert not {spec.mask_id, spec.eos_id, *spec.end_ids} & {token for prompt in drawn for token in prompt}
+    assert [len(prompt) for prompt in drawn] == [50] * 3
+
+
+def test_a_line_that_fails_says_why_and_the_next_one_runs(monkeypatch):
+    model = SimpleNamespace(device=torch.device("cpu"))
+
+    def measure(model, line, floor, extra):
+        if line.batch == 8:
+            raise torch.OutOfMemoryError
+        if line.batch == 2:
+            raise dcache.UsageError("it cannot run like this: no blocks")
+        return PolicyResult(policy=line.policy, batch=line.batch, tokens_per_step=1, unmask=line.unmask, steps=5)
+
+    monkeypatch.setattr(e2e, "measure", measure)
+    lines = tasks(["none"], EndToEndSettings(batch=(8, 2, 1)))
+    found = list(results(model, lines, Simple(), lambda engine, state: {}))
+    assert [(r.batch, r.steps) for r in found] == [(8, 0), (2, 0), (1, 5)]
+    assert found[0].failure == "out of memory with batch 8, after 0.0 GiB; try a smaller batch"
+    assert found[1].failure == "it cannot run like this: no blocks"
+
+
+def test_a_policy_that_does_not_suit_the_unmasker_is_told_apart():
+    model = dcache.load_model("tiny-llada", device="cpu")
+    line = Task("dkv(variant=greedy)", 1, 1, SETTINGS)
+    (found,) = results(model, [line], Simple(), lambda engine, state: {})
+    assert found.failure.startswith("it cannot run like this: ")
