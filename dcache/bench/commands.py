@@ -58,9 +58,10 @@ def kernels(
     place = torch.device(device or "cuda")
     if place.type != "cuda" or not torch.cuda.is_available():
         raise UsageError("`bench kernels` needs a CUDA device; on a CPU every op is its torch twin")
-    report = KernelReport(conditions=conditions(place, kind), ceilings=bench.ceilings(place, kind))
-    for result in bench.results(names, place, kind, report.ceilings):
-        report = _added(report, result, out, f"{result.op}, {result.model}, {result.size}")
+    with torch.cuda.device(place):
+        report = KernelReport(conditions=conditions(place, kind), ceilings=bench.ceilings(place, kind))
+        for result in bench.results(names, place, kind, report.ceilings):
+            report = _added(report, result, out, f"{result.op}, {result.model}, {result.size}")
     _finish(report)
     if any(result.failure for result in report.results):
         raise typer.Exit(1)

@@ -44,7 +44,7 @@ def draw(reports: Sequence[Report], path: Path) -> list[Path]:
         axes.set(xscale="log", yscale="log", xlabel="rows of a layer, all sequences", ylabel="ms per step")
         axes.legend(frameon=False, fontsize=8)
         figure.suptitle(heading(reports[0].conditions), fontsize=7, x=0.01, ha="left", wrap=True)
-        files = [path.with_suffix(end) for end in (".svg", ".png")]
+        files = [path.with_name(path.name + end) for end in (".svg", ".png")]
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(files[0], metadata={"Date": None, "Creator": None})
         figure.savefig(files[1], dpi=160, metadata={"Software": None})

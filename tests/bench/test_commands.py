@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 
 from dcache.bench import clock
+from dcache.bench import commands as bench
 from dcache.bench.reports import EndToEndReport, FloorReport, read
 from dcache.cli import main
 
-SMALL = str(Path(__file__).resolve().parents[1] / "golden" / "models" / "llada_mha")
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = str(ROOT / "tests" / "golden" / "models" / "llada_mha")
 SHORT = ["--prompt", "6", "--gen", "4", "--block", "4", "--device", "cpu", "--repeats", "1"]
 E2E = ["bench", "e2e", SMALL, *SHORT, "--policies"]
 
@@ -28,6 +31,18 @@ def refused(capsys, *arguments):
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
     return line.removeprefix("error: ")
+
+
+def test_the_reference_explains_every_option_of_every_command():
+    _, _, text = (ROOT / "docs" / "reference" / "cli.md").read_text().partition("## `dcache bench`")
+    text, _, _ = text.partition("\n## ")
+    missing = []
+    for name, command in get_command(bench.app).commands.items():
+        _, _, mine = text.partition(f"`dcache bench {name}`")
+        mine, _, _ = mine.partition("\n`dcache bench ")
+        flags = [flag for parameter in command.params for flag in parameter.opts if flag.startswith("--")]
+        missing += [f"{name} {flag}" for flag in flags if f"`{flag}`" not in mine]
+    assert missing == []
 
 
 def test_floor_writes_and_prints_a_line_per_row_count(capsys, tmp_path):

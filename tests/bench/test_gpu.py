@@ -1,0 +1,70 @@
+"""What of ``dcache bench`` only a GPU can show: ``pytest -m gpu``."""
+
+import pytest
+import torch
+
+import dcache
+from dcache.bench import clock
+from dcache.bench.activity import gaps, splits
+from dcache.bench.cases import OPS, Draw, Size
+from dcache.bench.e2e import Task, floor_of, results
+from dcache.bench.kernels import ceilings, measure
+from dcache.bench.profile import profiled_steps
+from dcache.bench.reports import Ceilings, EndToEndSettings
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+CUDA = torch.device("cuda")
+LIMITS = Ceilings(copy_tb_s=4.0, product_tflop_s=700.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_every_case_is_right_and_gets_a_time(name: str, dtype: torch.dtype) -> None:
+    spec = dcache.load_model("tiny-llada", device="meta").spec
+    variants = {size.variant for size in OPS[name].of("llada-8b:random")}
+    for variant in variants:
+        size = Size(7, slots=65, batch=2, variant=variant)
+        found = measure(name, lambda seed, size=size: Draw(spec, size, CUDA, dtype, seed), LIMITS)
+        assert "failure" not in found, (variant, found)
+        assert found["us"] > 0
+        assert found["cached"]
+
+
+def test_a_graph_of_known_work_takes_about_as_long_as_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4096, 4096, device=CUDA)
+    once = clock.median_ms(lambda: x @ x, CUDA)
+    twice = clock.median_ms(lambda: (x @ x, x @ x), CUDA)
+    assert 1.5 < twice / once < 2.5
+
+
+def test_ceilings_are_those_of_a_gpu() -> None:
+    found = ceilings(CUDA, torch.bfloat16)
+    assert 0.1 < found.copy_tb_s < 20
+    assert 10 < found.product_tflop_s < 5000
+
+
+def test_a_policy_is_timed_split_and_traced() -> None:
+    model = dcache.load_model("tiny-llada", device="cuda")
+    settings = EndToEndSettings(prompt=40, gen=32, block=32, repeats=2)
+
+    def extra(engine, state):
+        steps = profiled_steps(engine, state)
+        return {"split": splits(steps), "gaps": gaps(steps)}
+
+    (found,) = results(model, [Task("none", 1, 1, settings)], floor_of(model, settings), extra)
+    assert found.failure is None
+    assert found.graphs
+    assert found.captured > 0
+    assert found.peak_bytes > 0
+    assert 0 < found.all.efficiency < 1.2
+    (split,) = found.split
+    assert split.steps == 16
+    assert split.groups["products"] > 0
+    assert split.groups["attention"] > 0
+    assert split.groups["unmasking"] > 0
+    assert 0 < split.host < split.wall
+    assert found.gaps.syncs == 1
+    assert found.gaps.largest_gap_us > 0
