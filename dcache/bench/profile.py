@@ -37,14 +37,15 @@ def profiled_steps(engine: Engine, state: Callable[[], State]) -> list[Step]:
         with record_function(DECODE):
             decode(engine, state(), limit)
         torch.cuda.synchronize(device)
-    return steps_of(_events(found))[SKIPPED:]
+    return steps_of(events_of(found))[SKIPPED:]
 
 
 def _profiler() -> profile:
     return profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
 
 
-def _events(found: profile) -> list[dict[str, Any]]:
+def events_of(found: profile) -> list[dict[str, Any]]:
+    """The trace events of a profile."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         found.export_chrome_trace(str(file))

@@ -1,16 +1,24 @@
 """Whole policies: the arithmetic on steps written by hand, and how a run that fails is told."""
 
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import dcache
 from dcache.bench import e2e
+from dcache.bench.activity import steps_of
 from dcache.bench.e2e import Task, floor_of_step, head_rows, random_prompts, results, steps_within, summary, tasks
+from dcache.bench.profile import events_of, marked
 from dcache.bench.reports import EndToEndSettings, PolicyResult, Times
+from dcache.decode import decode
+from dcache.engine import Engine
 
+SMALL = Path(__file__).resolve().parents[1] / "golden" / "models" / "llada_mha"
 SPEC = SimpleNamespace(n_layers=2)
 SETTINGS = EndToEndSettings(prompt=6, gen=4, block=2, repeats=2)
 LINE = Task("none", 1, 1, SETTINGS)
@@ -127,3 +135,15 @@ def test_a_policy_that_does_not_suit_the_unmasker_is_told_apart():
     line = Task("dkv(variant=greedy)", 1, 1, SETTINGS)
     (found,) = results(model, [line], Simple(), lambda engine, state: {})
     assert found.failure.startswith("it cannot run like this: ")
+
+
+def test_passes_are_found_in_a_real_profile():
+    model = dcache.load_model(SMALL, device="cpu")
+    line = Task("elastic", 1, 1, SETTINGS)
+    engine = Engine(model.transformer, *line.plugins(model.spec))
+    with marked(engine), profile(activities=[ProfilerActivity.CPU]) as found:
+        decode(engine, line.state(model.spec), 3)
+    steps = steps_of(events_of(found))
+    assert len(steps) == 3
+    assert all(a.end == b.begin for a, b in pairwise(steps))
+    assert not {"run", "rerun"} & vars(engine).keys()
