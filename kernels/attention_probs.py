@@ -146,7 +146,7 @@ def received(
         visible: (batch, 1 or kv_heads, slots) bool, or None when every key is visible.
         lanes: as for `probs`.
         lse: (batch, heads, rows) float32 log-sum-exp of the scaled scores over the visible keys, if the caller knows it
-            from `attend_lse`: saves a pass over the keys.
+            from `attend_lse`: saves a pass over the keys. The twin, which has the scores anyway, ignores it.
 
     Returns:
         (batch, slots + 1) float32.
