@@ -102,9 +102,7 @@ class Runner:
         self.unmasker = unmasker_of(self.policy, settings) if unmasker is None else unmasker
         self._check_pair()
         graphs = False if settings.no_graphs else None
-        self.engine = Engine(
-            model.transformer, self.policy, self.unmasker, maps=maps, executor=executor, graphs=graphs
-        )
+        self.engine = Engine(model.transformer, self.policy, self.unmasker, maps=maps, executor=executor, graphs=graphs)
         self._slots: int | None = None
 
     def _check_pair(self) -> None:

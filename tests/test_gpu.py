@@ -12,6 +12,7 @@ import dcache
 from dcache import Sampling, State
 from dcache.decode import decode
 from dcache.engine import Engine
+from dcache.engine.graphs import Graphs
 from dcache.engine.packet import Packet
 from dcache.models.transformer import Transformer
 from dcache.plugins import make_policy, make_unmasker
@@ -98,6 +99,40 @@ def test_a_gpu_commits_what_a_cpu_does(policy: str, shift: int, seed: int) -> No
     assert_same(go("cpu", policy, seed, shift)[0], go("cuda", policy, seed, shift)[0])
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_graphs_change_no_bit_and_none_is_recorded_twice(policy: str, shift: int) -> None:
+    plain, engine = go("cuda", policy, 2, shift, graphs=False)
+    assert engine.captured == 0
+    first, engine = go("cuda", policy, 2, shift)
+    captured, graphs = engine.captured, engine.executor
+    assert isinstance(graphs, Graphs)
+    second = decode(engine, State(engine.model.spec, PROMPTS, [16, 12, 8], 4))
+    third = decode(engine, State(engine.model.spec, PROMPTS, [16, 12, 8], 4))
+    assert 0 < captured <= engine.captured == len(graphs.keys)
+    assert set(graphs.keys.values()) == {1}
+    assert graphs.replayed > len(second) + len(third) - engine.captured
+    for run in (first, second, third):
+        assert_same(plain, run)
+        for a, b in zip(plain, run, strict=True):
+            assert np.array_equal(a.confidence, b.confidence)
+            assert a.reports.keys() == b.reports.keys()
+            assert all(np.array_equal(x, b.reports[name], equal_nan=True) for name, x in a.reports.items())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_two_runs_in_half_precision_give_identical_tokens(policy: str) -> None:
+    model = on("cuda", 3).bfloat16()
+    runs = []
+    for _ in range(2):
+        engine = Engine(model, make_policy(policy), make_unmasker("low-confidence"))
+        for _ in range(2):
+            runs.append(decode(engine, State(model.spec, PROMPTS, [16, 12, 8], 4)))
+    for run in runs[1:]:
+        assert commits(run) == commits(runs[0])
+        assert all(np.array_equal(a.confidence, b.confidence) for a, b in zip(runs[0], run, strict=True))
+
+
 def test_freed_keys_are_not_missed_on_a_gpu() -> None:
     """On a canvas much longer than the multiple of slots to which held keys are padded there."""
     model, runs = on("cuda", 0), {}
@@ -138,8 +173,8 @@ def test_a_pass_has_no_sync_but_its_download(policy: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Engine, "_run", strict)
     monkeypatch.setattr(Packet, "download", waiting)
-    go("cuda", policy, unmask="wino(wide_in=0.3)", debug=False)  # shadow rows included
-    go("cuda", policy, unmask="klass", shift=1, debug=False)
+    go("cuda", policy, unmask="wino(wide_in=0.3)", debug=False, graphs=False)  # shadow rows included
+    go("cuda", policy, unmask="klass", shift=1, debug=False, graphs=False)
     assert calls["passes"] == calls["downloads"] > 0
 
 
