@@ -207,6 +207,7 @@ class Watch:
         self._written = self._blank()
         self.downloads = 0
         seen = call()
+        engine.catch_up()
         if self.downloads != 1:
             self.note("syncs", f"{self._step_text}: the pass brought results to the host {self.downloads} times, not 1")
         rows = plan.row_mask & state.valid & state.active[:, None]
