@@ -340,7 +340,7 @@ class Engine:
                 rows, h = self._enter(current, layer, h)
             layer.unpack()
             stream = self._layer(layer, rows, h)
-            layer.leave()
+            layer.leave(rows, h)
             layer.pack()
             rows, h = self.checks.stream(layer.index, stream, h, current.start is not None, self._inspect)
         put(self.top, rows, h, current.lanes)
@@ -396,6 +396,7 @@ class Engine:
             shadow_logits=shadow_logits,
         )
         picks = self.unmasker.pick(logits, asked)
+        self.beside.join()  # reports are read from here on
         results = {
             "tokens": torch.where(predicted, picks.tokens, -1),
             "confidence": picks.confidence.to(torch.float32).masked_fill(~predicted, float("-inf")),
