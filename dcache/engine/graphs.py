@@ -38,7 +38,7 @@ class Graphs:
         self.keys: dict[Hashable, int] = {}
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it so
 
     def ready(self, key: Hashable) -> bool:
         """Whether there is a recording of this key."""
