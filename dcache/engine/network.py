@@ -11,6 +11,7 @@ from torch import Tensor
 from dcache.arrays import Bools, positions
 from dcache.errors import UsageError
 from dcache.kernels.rows import put, take
+from dcache.kernels.select import ascending
 from dcache.models.transformer import Block, ModelSpec, Transformer
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class Stores:
         if self.positions is None:
             return
         slot = torch.arange(self.slots, device=mask.device)
-        chosen = torch.where(mask, slot, self.slots).sort(dim=-1).values[:, : self.capacity]
+        chosen = ascending(torch.where(mask, slot, self.slots))[0][:, : self.capacity]
         table = self.positions[layer]
         chosen = torch.where(which[:, None], chosen, pick(table, lanes))
         if lanes is None:
