@@ -2,6 +2,8 @@
 
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from dcache import CachePolicy, MemoryLimitError, Plan, State
 from dcache.decode import decode
 from dcache.engine import Engine
 from dcache.engine.layer import Layer
-from dcache.engine.memory import Batch, Room, does_not_fit, memory_needs
+from dcache.engine.memory import Batch, Room, does_not_fit, memory_needs, room_on
 from dcache.models.transformer import ModelSpec
 from dcache.plugins import make_policy, make_unmasker
 from dcache.testing.models import random_model
@@ -114,6 +116,17 @@ def test_an_error_that_the_numbers_do_not_explain_says_so(texts: int, ending: st
     text = does_not_fit(batch_of(texts), torch.device("cuda", 0), Room(140 * GIB, 90 * GIB, 15 * GIB, 100 * GIB))
     assert "by these numbers it would fit" in text
     assert text.endswith(ending)
+
+
+def test_room_for_a_batch_is_all_that_is_free_or_taken_by_anything_but_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    weights = [torch.zeros(10), torch.zeros(5)]
+    model: Any = SimpleNamespace(device=torch.device("cuda"), parameters=lambda: weights, buffers=lambda: weights[:1])
+    assert room_on(model) == Room(total=1000, free=20, weights=100, batch=220)
+    assert room_on(MODEL) is None
 
 
 def test_a_layer_without_memory_stops_the_run_with_what_would_fit() -> None:
