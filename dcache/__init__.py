@@ -12,7 +12,16 @@ __version__ = "0.1.0"
 
 # isort: split
 from dcache.compare import Comparison, compare
-from dcache.errors import DCacheError, ModelError, NumericsError, PluginError, PolicyError, UnmaskerError, UsageError
+from dcache.errors import (
+    DCacheError,
+    MemoryLimitError,
+    ModelError,
+    NumericsError,
+    PluginError,
+    PolicyError,
+    UnmaskerError,
+    UsageError,
+)
 from dcache.generate import Output, generate
 from dcache.hookspecs import Register, hookimpl
 from dcache.models.family import Family
@@ -32,6 +41,7 @@ __all__ = [
     "Family",
     "Filter",
     "FilterConfig",
+    "MemoryLimitError",
     "Model",
     "ModelError",
     "NumericsError",

@@ -13,6 +13,10 @@ class ModelError(UsageError):
     """A checkpoint cannot be loaded: folder, config field, tensor or tokenizer; the message names which."""
 
 
+class MemoryLimitError(UsageError):
+    """The device has too little memory for a batch: the message says what it needs and what would fit."""
+
+
 class PluginError(DCacheError):
     """An installed plugin cannot be registered: a duplicate name, a wrong hook signature, a class of the wrong kind."""
 

@@ -32,7 +32,7 @@ from torch.nn.functional import cosine_similarity
 
 from dcache.arrays import Ints
 from dcache.kernels.rows import take
-from dcache.kernels.select import find, lowest
+from dcache.kernels.select import ascending, find, lowest
 from dcache.models.transformer import ModelSpec
 from dcache.policy import CachePolicy, Plan, PolicyConfig, State
 
@@ -122,4 +122,4 @@ class DLLMCache(CachePolicy):
         score = similarity.clamp_max(UNCHANGED).masked_fill(~compared, torch.inf)  # (batch, values)
         index, real = lowest(score, at.flags["count"], bound)
         chosen = where.gather(1, index).masked_fill(~real, at.dump)
-        return torch.cat([due, chosen], dim=1).sort(dim=1).values
+        return ascending(torch.cat([due, chosen], dim=1))[0]

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dcache.arrays import Bools
 from dcache.kernels.rows import put, take
+from dcache.kernels.select import ascending, rank
 from dcache.models.transformer import ModelSpec
 from dcache.policy import CachePolicy, Plan, PolicyConfig, State
 
@@ -158,8 +159,7 @@ def confidence(state: State) -> np.ndarray:
 
 def places(score: Tensor) -> Tensor:
     """Place of each entry (batch, n) from the highest score down; ties go left."""
-    order = score.sort(dim=-1, descending=True, stable=True).indices
-    return order.argsort(dim=-1)
+    return rank(score, torch.ones_like(score, dtype=torch.bool))[1]
 
 
 def among(rows: Tensor, some: Tensor) -> Tensor:
@@ -170,5 +170,5 @@ def among(rows: Tensor, some: Tensor) -> Tensor:
 def narrow(at: Layer, rows: Tensor, h: Tensor, on: Tensor, bound: int) -> tuple[Tensor, Tensor]:
     """The rows marked in `on` (batch, n) with their hidden states, ascending; `bound` and the fresh ones at most."""
     width = min(bound + (at.sets["fresh"].shape[1] if "fresh" in at.sets else 0), rows.shape[1])
-    kept = torch.where(on, rows, at.dump).sort(dim=1, stable=True)
-    return kept.values[:, :width], take(h, kept.indices[:, :width])
+    kept, order = ascending(torch.where(on, rows, at.dump))
+    return kept[:, :width], take(h, order[:, :width])

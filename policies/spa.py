@@ -32,7 +32,7 @@ from torch.nn.functional import cosine_similarity, linear
 
 from dcache.budgets import Budget
 from dcache.kernels.rows import take
-from dcache.kernels.select import lowest
+from dcache.kernels.select import ascending, lowest
 from dcache.policy import CachePolicy, Plan, State
 from dcache.proxies import value_proxies
 
@@ -152,7 +152,7 @@ class SPACache(CachePolicy):
         width = shapes(at).width
         if width is None:
             return rows, h
-        rows, order = rows.masked_fill(~at.flags["stream"].gather(1, rows), at.dump).sort(dim=-1)
+        rows, order = ascending(rows.masked_fill(~at.flags["stream"].gather(1, rows), at.dump))
         return rows[:, :width], take(h, order[:, :width])
 
     def _update(self, at: Layer, rows: Tensor, h: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class SPACache(CachePolicy):
         steps = (self.similarity(at, rows, z) / RESOLUTION).round()
         score = torch.where(at.flags["refresh"][:, None], 0.0, steps)
         index, real = lowest(score.masked_fill(rows == at.dump, torch.inf), at.flags["counts"][:, at.index], bound)
-        chosen, order = rows.gather(1, index).masked_fill(~real, at.dump).sort(dim=-1)
+        chosen, order = ascending(rows.gather(1, index).masked_fill(~real, at.dump))
         return chosen, index.gather(1, order)
 
     @staticmethod
@@ -194,5 +194,5 @@ class SPACache(CachePolicy):
             return rows, h
         begin = at.flags["begin"][:, None]
         border = torch.where(rows[:, :1] == begin, begin - at.spec.shift, at.dump)
-        rows, order = torch.cat([border, rows], dim=1).sort(dim=-1)
+        rows, order = ascending(torch.cat([border, rows], dim=1))
         return rows, take(torch.cat([h[:, :1], h], dim=1), order)

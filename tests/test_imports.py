@@ -146,6 +146,20 @@ def test_importing_the_kernels_package_imports_nothing():
     assert package.imports == []
 
 
+def test_only_jitted_functions_of_the_kernels_lack_annotations():
+    """What mypy does not ask for in these modules, because it would ask it of jitted functions too."""
+    lax = []
+    for module in modules("dcache.kernels"):
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.FunctionDef) and "triton.jit" not in map(ast.unparse, node.decorator_list):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                given += [x for x in (node.args.vararg, node.args.kwarg) if x is not None]
+                bare = [x.arg for x in given if x.annotation is None and x.arg != "self"]
+                lax += [f"{module.at(node.lineno)} {node.name}: {x}" for x in bare]
+                lax += [f"{module.at(node.lineno)} {node.name}: result"] if node.returns is None else []
+    assert lax == []
+
+
 def test_policies_know_of_the_models_only_their_spec():
     found = breaches(modules("dcache.policies"), "dcache.models")
     assert [breach for breach in found if not breach.endswith(" dcache.models.transformer.ModelSpec")] == []

@@ -15,7 +15,7 @@ from dcache.bench.reports import EndToEndSettings, PolicyResult, Times
 from dcache.conditions import written
 from dcache.decode import decode
 from dcache.engine import Engine
-from dcache.errors import DCacheError, UsageError
+from dcache.errors import DCacheError, MemoryLimitError, UsageError
 from dcache.models.loading import Model
 from dcache.models.transformer import ModelSpec
 from dcache.plugins import make_policy, make_unmasker
@@ -88,9 +88,11 @@ def results(model: Model, lines: Sequence[Task], floor: Floor, extra: Extra) -> 
         )
         try:
             result = measure(model, line, floor, extra)
+        except MemoryLimitError as error:
+            result = blank.model_copy(update={"failure": str(error), "peak_bytes": peak(model)})
         except DCacheError as error:
             result = blank.model_copy(update={"failure": str(error)})
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError:  # not in a pass: what a policy prepares, the floor, a profile
             result = blank.model_copy(update={"failure": _out_of_memory(model, line), "peak_bytes": peak(model)})
         _free(model)  # here, where no traceback holds the tensors of the run any more
         yield result

@@ -16,7 +16,7 @@ import torch
 @lru_cache
 def stream_of(device: torch.device, purpose: str) -> torch.cuda.Stream:
     """One stream per device and purpose, for all engines: the libraries behind products keep 32 MiB for each."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it so
 
 
 class Aside:

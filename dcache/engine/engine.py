@@ -8,10 +8,11 @@ once per key and replayed.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from time import perf_counter
-from typing import Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from dcache.engine.checks import Checks
 from dcache.engine.graphs import Graphs
 from dcache.engine.inputs import Inputs, wider
 from dcache.engine.layer import Boards, Books, Layer, Pass
+from dcache.engine.memory import Batch, does_not_fit, room_on
 from dcache.engine.network import ALIGN_SLOTS, Network, Stores, Weights
 from dcache.engine.packet import Packet, fields_of
-from dcache.errors import NumericsError, PolicyError, UnmaskerError, UsageError
+from dcache.errors import MemoryLimitError, NumericsError, PolicyError, UnmaskerError, UsageError
 from dcache.kernels.attend import visible_keys
 from dcache.kernels.confidence import all_finite
 from dcache.kernels.rows import put, take
@@ -35,6 +37,7 @@ from dcache.state import Seen, State
 from dcache.unmasking.base import Ask, Asked, Unmasker
 
 T = TypeVar("T")
+P = ParamSpec("P")
 # Up to 128 rows a product costs what reading its weights does; above, tiles of 128 rows are what it is made of
 GPU_BUCKETS = (16, 32, 64, 128, 192, *range(256, 2048, 128), *range(2048, 8192, 512), *range(8192, 65537, 2048))
 
@@ -99,6 +102,18 @@ class Count:
     maps: dict[str, Bools] = field(default_factory=dict)
 
 
+def within_memory(method: Callable[Concatenate[Engine, P], T]) -> Callable[Concatenate[Engine, P], T]:
+    """Say what the batch needs in place of torch's error, raised where no traceback holds the tensors of the pass."""
+
+    @wraps(method)
+    def checked(engine: Engine, /, *given: P.args, **more: P.kwargs) -> T:
+        with suppress(torch.OutOfMemoryError):
+            return method(engine, *given, **more)
+        raise MemoryLimitError(does_not_fit(engine.sizes, engine.model.device, room_on(engine.model)))
+
+    return checked
+
+
 class Engine:
     """A model, a policy and an unmasker, ready to run steps.
 
@@ -115,6 +130,7 @@ class Engine:
 
     Attributes:
         recording: seconds spent so far on recording graphs, which is no part of any step.
+        sizes: of the latest batch, from which its memory follows.
     """
 
     def __init__(
@@ -179,11 +195,13 @@ class Engine:
         for work in late:
             work()
 
+    @within_memory
     @torch.inference_mode()
     def begin(self, state: State) -> None:
         """Make room for a batch and forget the last one; buffers are kept while batch, slots and capacity stay."""
         self.state = state
         extra, capacity = self._extra_stores(state.spec), self._capacity(state)
+        self.sizes = Batch.of(state, self.model, extra, capacity, self.graphs)
         if self._shape != (state.batch, state.slots, capacity):
             self._allocate(state.batch, state.slots, extra, capacity)
         else:
@@ -230,7 +248,10 @@ class Engine:
 
     def _allocate(self, batch: int, slots: int, extra: dict[str, int], capacity: int | None) -> None:
         model, device = self.model, self.model.device
+        self._shape = None
         self.executor.forget()  # whatever it holds was recorded on the buffers that are replaced here
+        for name in ("stores", "boards", "layers", "network", "top", "have", "_prepared"):
+            vars(self).pop(name, None)  # what is replaced need not fit beside what replaces it
         self.stores = Stores(model, batch, slots, extra, self.debug, capacity)
         self.boards = Boards(model.spec.n_layers, batch, slots, device, self.maps)
         blocks = enumerate(model.blocks())
@@ -243,11 +264,13 @@ class Engine:
 
     # -- one step -------------------------------------------------------------------------------------------------
 
+    @within_memory
     def run(self, plan: Plan, ask: Ask) -> Seen:
         """The pass of a step; one sync."""
         self._count = Count(self._zeros(), self._zeros())
         return self._run(plan, ask, None)
 
+    @within_memory
     def rerun(self, plan: Plan, ask: Ask, seen: Seen) -> Seen:
         """The second pass of a reviewed step: what the first found for other rows and layers stays."""
         return self._run(plan, ask, seen)

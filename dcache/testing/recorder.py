@@ -3,6 +3,9 @@
 A CUDA graph freezes everything but the contents of tensors. This executor does the same, so that code which would
 break under capture breaks in a test without a GPU: a value read from Python is the one of the recording, and an
 operation that needs the host (``item``, ``nonzero``, indexing by a boolean mask, random generators) is refused by name.
+
+Two things differ. A CUDA graph is recorded without running it; this runs the work while it records. And there is one
+stream: what `Layer.aside` puts beside the main line runs in its place, so a race between the two does not show here.
 """
 
 from __future__ import annotations

@@ -25,12 +25,6 @@ from dcache.kernels.attend import (
     visible_keys_triton,
 )
 
-CUDA = torch.cuda.is_available()
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="there is no CUDA device")]
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(CUDA, reason="the interpreter is off on a machine with CUDA")),
-    pytest.param("cuda", marks=GPU),
-]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 HIDDEN = ["none", "shared", "by head"]
 
@@ -121,28 +115,13 @@ def formula(at: Scene) -> tuple[Tensor, Tensor]:
     return score.softmax(-1) @ v, score.logsumexp(-1)
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is NaN, or far out of range."""
-    empty = torch.empty
-
-    def poison(*sizes, **options):
-        x = empty(*sizes, **options)
-        return x.fill_(float("nan") if x.is_floating_point() else -(2**30))
-
-    monkeypatch.setattr(torch, "empty", poison)
-
-
 def row_major(o: Tensor) -> bool:
     return o.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernel_follows_the_formula_and_reads_no_hidden_key(
-    shape: Shape, hidden: str, device: str, poisoned: None
-) -> None:
+def test_kernel_follows_the_formula_and_reads_no_hidden_key(shape: Shape, hidden: str, device: str) -> None:
     at = scene(shape, hidden, device)
     o, lse = attend_lse_triton(*at)
     expected = formula(at)
@@ -163,10 +142,9 @@ def test_twin_follows_the_formula_and_reads_no_hidden_key(shape: Shape, hidden: 
     assert torch.equal(attend_ref(*at), o)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("hidden", ["none", "shared"])
 @pytest.mark.parametrize("splits", [1, 2, 5, 8])
-def test_splits_over_keys_do_not_change_the_result(splits: int, hidden: str, device: str, poisoned: None) -> None:
+def test_splits_over_keys_do_not_change_the_result(splits: int, hidden: str, device: str) -> None:
     at = scene(Shape(2, 3, 4, 2, 9, 75, 16), hidden, device)
     keys = None if at.visible is None else visible_keys_triton(at.visible)
     o, lse = _launch(at.q, at.k, at.v, keys, at.lanes, True, Tiles(16, 16, 4, 2, splits))
@@ -176,9 +154,8 @@ def test_splits_over_keys_do_not_change_the_result(splits: int, hidden: str, dev
     torch.testing.assert_close(lse.double(), expected[1], **CLOSE)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("splits", [1, 3])
-def test_without_a_visible_key_attention_is_zero_and_its_sum_empty(splits: int, device: str, poisoned: None) -> None:
+def test_without_a_visible_key_attention_is_zero_and_its_sum_empty(splits: int, device: str) -> None:
     at = scene(Shape(2, 2, 2, 1, 3, 40, 8), "shared", device)
     assert at.visible is not None
     at.visible[1] = False
@@ -190,8 +167,7 @@ def test_without_a_visible_key_attention_is_zero_and_its_sum_empty(splits: int, 
     torch.testing.assert_close(o[0].double(), formula(at)[0][0], **CLOSE)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_lists_may_be_parts_of_those_of_all_layers(device: str, poisoned: None) -> None:
+def test_lists_may_be_parts_of_those_of_all_layers(device: str) -> None:
     at = scene(Shape(2, 2, 4, 2, 3, 21, 8), "by head", device)
     assert at.visible is not None
     every = visible_keys_triton(torch.stack([~at.visible, at.visible]))
@@ -199,11 +175,8 @@ def test_lists_may_be_parts_of_those_of_all_layers(device: str, poisoned: None) 
     assert torch.equal(attend_triton(*at, mine), attend_triton(*at))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 2, 1, 33), (2, 1, 64), (2, 2, 5000)], ids=str)
-def test_lists_name_the_visible_keys_in_order_and_stay_in_range(
-    sizes: tuple[int, ...], device: str, poisoned: None
-) -> None:
+def test_lists_name_the_visible_keys_in_order_and_stay_in_range(sizes: tuple[int, ...], device: str) -> None:
     source = torch.Generator().manual_seed(len(sizes))
     visible = torch.rand(*sizes, generator=source) > torch.rand(*sizes[:-1], 1, generator=source)
     visible[0] = False
@@ -218,7 +191,6 @@ def test_lists_name_the_visible_keys_in_order_and_stay_in_range(
         assert listed == [x.nonzero()[:, 0].tolist() for x in visible.flatten(0, -2)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=8)
 @given(
     heads=st.sampled_from([(1, 1), (2, 2), (3, 1), (4, 2)]),
@@ -236,7 +208,6 @@ def test_kernel_and_twin_agree_on_odd_shapes(
         torch.testing.assert_close(mine, twin, **CLOSE)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_what_runs_by_itself_is_the_twin_or_the_kernel(device: str) -> None:
     for rows in (3, attend_module.SDPA_ROWS):
         at = scene(Shape(1, 1, 2, 1, rows, 9, 8), "none", device)
@@ -249,13 +220,10 @@ def test_what_runs_by_itself_is_the_twin_or_the_kernel(device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("shape", [*SHAPES, *TRUE_SHAPES], ids=str)
-def test_half_precision_kernel_errs_no_more_than_its_twin(
-    shape: Shape, hidden: str, dtype: torch.dtype, poisoned: None
-) -> None:
+def test_half_precision_kernel_errs_no_more_than_its_twin(shape: Shape, hidden: str, dtype: torch.dtype) -> None:
     at = scene(shape, hidden, "cuda", dtype)
     expected, expected_lse = formula(at)
     o, lse = attend_lse_triton(*at)
@@ -270,14 +238,12 @@ def test_half_precision_kernel_errs_no_more_than_its_twin(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
 def test_float32_products_are_not_rounded_on_a_gpu() -> None:
     at = scene(LLADA._replace(n=17, heads=8, kv_heads=4), "shared", "cuda")
     torch.testing.assert_close(attend_triton(*at).double(), formula(at)[0], **CLOSE)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
 def test_a_captured_graph_replays_with_new_lists_and_lanes() -> None:
     shape = Shape(2, 4, 8, 2, 16, 512, 64)
     at, other = (scene(shape, "shared", "cuda", torch.bfloat16, seed) for seed in (0, 1))

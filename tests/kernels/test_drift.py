@@ -1,23 +1,11 @@
 """The kernels of the drift test against its formula in float64; padded rows and the dump column hold NaN."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from dcache.kernels.drift import AXES, drift_ref, drift_triton
 
-DEVICES = [
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where no GPU is")
-    ),
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")],
-    ),
-]
 SHAPES = {"small": (2, 3, 5, 11), "odd": (2, 3, 18, 70), "one row": (1, 1, 1, 1), "long": (1, 2, 1, 1_100)}
 TRUE_SHAPES = {"LLaDA-8B": (8, 32, 16, 1_280), "Dream-7B": (2, 28, 16, 4_096), "wide": (1, 32, 64, 16_384)}
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
@@ -61,22 +49,6 @@ def formula(past: Tensor, now: Tensor, real: Tensor, visible: Tensor | None, ove
     return torch.stack(found)
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(autouse=True)
-def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New buffers hold NaN, so that an element which no kernel writes shows."""
-    empty: Callable[..., Tensor] = torch.empty
-
-    def poisoned(*size: Any, **options: Any) -> Tensor:
-        return empty(*size, **options).fill_(torch.nan)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 @pytest.mark.parametrize("over", AXES)
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
@@ -103,7 +75,6 @@ def test_norms_are_clamped_so_that_what_has_no_weight_is_not_similar_to_itself(o
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("over", AXES)
 @pytest.mark.parametrize("name", TRUE_SHAPES)
 def test_the_kernel_follows_the_formula_at_true_sizes(name: str, over: str) -> None:
