@@ -272,7 +272,7 @@ class Layer:
             self._model.positions(rows),
         )
         self._count("kv_rows", rows)
-        self.q, self.q_rows = q, rows
+        self.q, self.q_rows, self._lse = q, rows, None
         return q
 
     def attend(self, rows: Tensor, q: Tensor) -> Tensor:
