@@ -79,7 +79,7 @@ class Runner:
         policy: a policy, or how it is written: ``"elastic(gamma=0.95)"``.
         settings: of the run.
         unmasker: an instance instead of ``settings.unmask``.
-        executor: how passes are run; None is eager.
+        executor: how passes are run; None: by CUDA graphs on a GPU unless ``settings.no_graphs``, else as they stand.
         maps: keep recompute maps in the trace.
 
     Raises:
