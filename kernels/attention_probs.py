@@ -107,7 +107,7 @@ def received_triton(
 ) -> Tensor:
     """Launch the kernels of `received`."""
     common, (batch, heads, n, slots) = _common(q, k, visible, lanes)
-    lse, splits = _row_lse(q, k, common) if lse is None else (lse.contiguous(), 1)
+    lse, splits = _row_lse(q, k, common, weight) if lse is None else (lse.contiguous(), 1)
     packed = heads // k.shape[1] * n
     tile = _tile("received", packed, q)
     row_blocks, key_blocks = triton.cdiv(packed, tile["BLOCK_M"]), triton.cdiv(slots, tile["BLOCK_N"])
@@ -276,8 +276,11 @@ def _share(blocks: int, others: int) -> int:
     return int(triton.cdiv(blocks, min(blocks, max(PROGRAMS // others, 1))))
 
 
-def _row_lse(q: Tensor, k: Tensor, common: dict[str, Any]) -> tuple[Tensor, int]:
-    """Log-sum-exp of the scores of every row, (batch, splits, heads, rows), by split of the keys; and their number."""
+def _row_lse(q: Tensor, k: Tensor, common: dict[str, Any], weight: Tensor | None = None) -> tuple[Tensor, int]:
+    """Log-sum-exp of the scores of every row, (batch, splits, heads, rows), by split of the keys; and their number.
+
+    Blocks of rows whose `weight` (batch, rows) is 0 are passed over, and hold nothing of meaning.
+    """
     batch, heads, n, _ = q.shape
     packed = heads // k.shape[1] * n
     tile = _tile("lse", packed, q)
@@ -285,7 +288,8 @@ def _row_lse(q: Tensor, k: Tensor, common: dict[str, Any]) -> tuple[Tensor, int]
     per = max(_share(key_blocks, row_blocks), triton.cdiv(key_blocks, MOST_SPLITS))
     splits = triton.cdiv(key_blocks, per)
     lse = torch.empty(batch, splits, heads, n, dtype=torch.float32, device=q.device)
-    _lse_kernel[(splits, row_blocks, batch)](**common, **tile, lse=lse, per=per)
+    strides = (0, 0) if weight is None else weight.stride()
+    _lse_kernel[(splits, row_blocks, batch)](**common, **tile, lse=lse, per=per, weight=weight, weight_strides=strides)
     return lse, splits
 
 
@@ -388,6 +392,7 @@ def _lse_kernel(
     visible,
     lanes,
     lse,
+    weight,
     n,
     slots,
     per,
@@ -395,6 +400,7 @@ def _lse_kernel(
     q_strides,
     k_strides,
     visible_strides,
+    weight_strides,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -415,9 +421,14 @@ def _lse_kernel(
     b_q = _vectors(p_q[:, None], m_m[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
     p_k = k + _sequence(lanes, i_b) * k_strides[0] + i_g * k_strides[1]
 
+    i_stop = tl.minimum((i_split + 1) * per, tl.cdiv(slots, BLOCK_N))
+    if weight is not None:
+        b_weight = tl.load(weight + i_b * weight_strides[0] + (o_m % n) * weight_strides[1], mask=m_m, other=0)
+        i_stop = tl.where(tl.max((b_weight != 0).to(tl.int32), 0) > 0, i_stop, i_split * per)
+
     b_max = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite: no inf - inf where all keys are hidden
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
-    for i_n in range(i_split * per, tl.minimum((i_split + 1) * per, tl.cdiv(slots, BLOCK_N))):
+    for i_n in range(i_split * per, i_stop):
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         b_k = _vectors(p_k + (o_n * k_strides[2])[None, :], (o_n < slots)[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
         m_n = _seen(visible, i_b * visible_strides[0] + i_g * visible_strides[1], o_n, slots)
@@ -517,12 +528,13 @@ def _received_kernel(
         m_m = o_m < GROUP * n
         p_weight = weight + i_b * weight_strides[0] + (o_m % n) * weight_strides[1]
         b_weight = tl.load(p_weight, mask=m_m, other=0).to(tl.float32)
-        p_q = _packed(q, q_strides, i_b, i_g * GROUP, o_m, n)
-        b_q = _vectors(p_q[None, :], m_m[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
-        b_lse = _joined(lse, i_g * GROUP * n + o_m, m_m, HEADS * n, splits, BLOCK_S)
-        b_score = tl.dot(b_k, b_q, input_precision="ieee") * (scale * LOG2E)
-        b_p = tl.exp2(b_score - b_lse[None, :]) * b_weight[None, :]
-        b_sum += tl.sum(tl.where((b_weight != 0)[None, :], b_p, 0.0), 1)
+        if tl.max((b_weight != 0).to(tl.int32), 0) > 0:  # a policy may weight few of many rows
+            p_q = _packed(q, q_strides, i_b, i_g * GROUP, o_m, n)
+            b_q = _vectors(p_q[None, :], m_m[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
+            b_lse = _joined(lse, i_g * GROUP * n + o_m, m_m, HEADS * n, splits, BLOCK_S)
+            b_score = tl.dot(b_k, b_q, input_precision="ieee") * (scale * LOG2E)
+            b_p = tl.exp2(b_score - b_lse[None, :]) * b_weight[None, :]
+            b_sum += tl.sum(tl.where((b_weight != 0)[None, :], b_p, 0.0), 1)
     p_out = out + (i_b * tl.num_programs(1) + i_part) * (slots + 1)
     tl.store(p_out + o_n, tl.where(m_n, b_sum, 0.0), mask=o_n < slots)
     if i_n == 0:

@@ -126,8 +126,8 @@ class D2Cache(CachePolicy):
             assert at.q is not None
             self._passed = [*(self._passed if at.index else ()), (at, rows, at.q)]
             if at.last:
-                at.report("importance", self._rollout(), per_layer=False)
-                self._passed = []
+                with at.aside():
+                    at.report("importance", self._rollout(), per_layer=False)
         return out, h
 
     def _rollout(self) -> Tensor:
@@ -137,10 +137,11 @@ class D2Cache(CachePolicy):
         """
         at, rows, q = self._passed[0]
         sums = torch.ones(rows.shape[0], at.dump + 1, device=rows.device)
-        share = 0.5 * (rows < at.dump)  # attention and identity: rows sum to 2 before division
+        # rows sum to 2, attention and identity, before they are halved; the dump slot weighs nothing
+        factor = torch.ones_like(sums).scatter_(1, rows, 0.5 * (rows < at.dump))
         for at, rows, q in reversed(self._passed):
-            half = sums.gather(1, rows) * share
-            sums.scatter_add_(1, rows, -half).add_(at.received(q, half), alpha=1 / q.shape[1])
+            half = sums.mul_(factor).gather(1, rows)
+            sums.add_(at.received(q, half), alpha=1 / q.shape[1])
         return sums[:, :-1]
 
     def _recall(self, state: State) -> None:

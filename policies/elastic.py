@@ -6,7 +6,7 @@ in deep layers, and the most-attended token drifts least: when even *its* attent
 
 =======================  ======================================================================
 ``M``                    ``state.masked``: still to decode, before this step's commit
-``W``                    set "window": rows that predict the leftmost masked positions
+``W``                    flag "window": rows that predict the leftmost masked positions
 ``D``                    ``state.changed``: committed by the previous step
 ``T``                    set "tracked": union over layers of the most-attended positions
 ``S^{t-1}, S^t``         ``past``, ``now``: attention of T before and after this step's write
@@ -93,7 +93,7 @@ class ElasticCache(CachePolicy):
         tracked = self._tracked(state) & ~first
         window = self._window(state)
         rows = tracked | state.changed | window | first
-        return Plan(rows, "reuse", sets={"tracked": tracked, "window": window}, flags=self._flags(state))
+        return Plan(rows, "reuse", sets={"tracked": tracked}, flags={"window": window, **self._excluded(state)})
 
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """An ordinary layer, the drift test of the tracked rows (section 3.3), and the next step's picks."""
@@ -102,15 +102,16 @@ class ElasticCache(CachePolicy):
             with at.aside():
                 past = at.probs(at.stored("Q", at.sets["tracked"]))
         q = at.refresh(rows, h)
+        o = at.attend(rows, q)
         with at.aside():
             if testing:
                 now = at.probs(at.stored("Q", at.sets["tracked"]))
                 at.report("similarity", at.similarity(past, now, at.sets["tracked"], AXIS[self.config.variant]))
-            received = at.received(at.stored("Q", at.sets["window"]), at.sets["window"] < at.dump)
+            received = at.received(q, at.flags["window"].gather(1, rows))
             score = received.masked_fill(at.flags["excluded"], -1)[:, :-1]
             picks, _ = lowest(-score, self.config.track_num, self.config.track_num)
             at.report("picks", picks.masked_fill(score.gather(1, picks) < 0, at.dump))
-        return rows, at.finish(h, at.attend(rows, q))
+        return rows, at.finish(h, o)
 
     def review(self, state: State, plan: Plan, seen: Seen) -> Plan | None:
         """Recompute all rows from the layer above the first that drifted; no test at layer L-1 can matter."""
@@ -128,7 +129,7 @@ class ElasticCache(CachePolicy):
     def _refresh(state: State, plan: Plan, start: Ints) -> Plan:
         """All rows of the sequences that have a layer to start from; the window and the exclusions stay."""
         rows = state.valid & state.active[:, None] & (start < state.spec.n_layers)[:, None]
-        return Plan(rows, "refresh", start, sets={"window": plan.sets["window"]}, flags=plan.flags)
+        return Plan(rows, "refresh", start, flags=plan.flags)
 
     def _window(self, state: State) -> Bools:
         """Rows W: of the unmasker's window, of the leftmost masked positions, or of all of them."""
@@ -148,7 +149,7 @@ class ElasticCache(CachePolicy):
             np.put_along_axis(tracked, picks.transpose(1, 0, 2).reshape(state.batch, -1), True, axis=1)
         return tracked[:, :-1]
 
-    def _flags(self, state: State) -> dict[str, np.ndarray]:
+    def _excluded(self, state: State) -> dict[str, np.ndarray]:
         """Positions that may not be tracked: masked before this step's commit, or not part of the sequence."""
         dropped = state.valid & ~state.prompt & (state.tokens == state.spec.mask_id)
         excluded = state.masked | ~state.valid

@@ -41,7 +41,7 @@ def profiled_steps(engine: Engine, state: Callable[[], State]) -> list[Step]:
 
 
 def _profiler() -> profile:
-    return profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+    return profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True)
 
 
 def events_of(found: profile) -> list[dict[str, Any]]:

@@ -200,6 +200,7 @@ class Engine:
     def begin(self, state: State) -> None:
         """Make room for a batch and forget the last one; buffers are kept while batch, slots and capacity stay."""
         self.state = state
+        self.beside.join()  # a pass that failed may have left work there, and the memory that it holds
         extra, capacity = self._extra_stores(state.spec), self._capacity(state)
         self.sizes = Batch.of(state, self.model, extra, capacity, self.graphs)
         if self._shape != (state.batch, state.slots, capacity):
@@ -363,7 +364,7 @@ class Engine:
                 rows, h = self._enter(current, layer, h)
             layer.unpack()
             stream = self._layer(layer, rows, h)
-            layer.leave()
+            layer.leave(rows, h)
             layer.pack()
             rows, h = self.checks.stream(layer.index, stream, h, current.start is not None, self._inspect)
         put(self.top, rows, h, current.lanes)
@@ -419,6 +420,7 @@ class Engine:
             shadow_logits=shadow_logits,
         )
         picks = self.unmasker.pick(logits, asked)
+        self.beside.join()  # reports are read from here on
         results = {
             "tokens": torch.where(predicted, picks.tokens, -1),
             "confidence": picks.confidence.to(torch.float32).masked_fill(~predicted, float("-inf")),

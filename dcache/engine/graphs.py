@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from dcache.engine.aside import stream_of
+
 MOST_GRAPHS = 512  # recordings kept per engine; a policy that makes more keys than this forgets the oldest
 
 
@@ -38,7 +40,7 @@ class Graphs:
         self.keys: dict[Hashable, int] = {}
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it so
+        self._stream = stream_of(device, "graphs")
 
     def ready(self, key: Hashable) -> bool:
         """Whether there is a recording of this key."""

@@ -144,9 +144,9 @@ class Layer:
         """Engine only: the pass this layer takes part in, the rows of its plan here, and the live sequences."""
         self._pass, self._stream, self._live, self.q, self.q_rows, self._lse = current, rows, live, None, None, None
 
-    def leave(self) -> None:
-        """Engine only: the layer has run; what ran beside it is over before its tensors are let go."""
-        self._beside.join()
+    def leave(self, rows: Tensor, h: Tensor) -> None:
+        """Engine only: the layer has run on `rows` and `h`; what runs beside it may still read them, and `q`."""
+        self._beside.hold(rows, h, self.q, self._lse)
         self.q = self.q_rows = None
 
     @property
@@ -210,11 +210,11 @@ class Layer:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What is computed inside is only reported: on a GPU it runs beside the rest of the layer.
+        """What is computed inside is only reported: on a GPU it runs beside the rest of the pass.
 
-        Inside, read the stores, sets and flags, the arguments of `layer` and `at.q`; what is made inside may be used
-        in a later ``with at.aside()`` of the same layer, and nowhere else. The stores are not written before it is
-        done, so place it after the writes that it should see and before those that it should not.
+        It sees what was written before it, and a store that it reads by a method is not written again before it is
+        done. Inside, read stores, sets and flags, the arguments of `layer`, `at.q`, and tensors that live until the
+        next pass. What is made inside may be used in a later ``with at.aside()`` of the same pass, and nowhere else.
         """
         with self._beside.run():
             yield
@@ -238,12 +238,12 @@ class Layer:
         """
         block, spec, stores = self._block, self.spec, self.stores
         if "H" in stores:
-            self._beside.join()
+            self._beside.writes(self.index, "H")
             y = rms_norm_keep(h, block.norm1, spec.norm_eps, stores["H"], rows, self._lanes)
         else:
             y = block.normed(h)
         qkv = linear(y, block.qkv)
-        self._beside.join()
+        self._beside.writes(self.index, "K", "V", "Q")
         q = rotary_scatter(
             qkv,
             block.qkv_bias,
@@ -329,7 +329,7 @@ class Layer:
         A layer that writes more values than keys writes the values first. Keys alone are not counted, since their
         rows were, with their values.
         """
-        self._beside.join()
+        self._beside.writes(self.index, "K", "V")
         self._lse = None
         if v is not None:
             self._count("kv_rows", rows)
@@ -358,11 +358,12 @@ class Layer:
 
     def stored(self, name: str, rows: Tensor) -> Tensor:
         """Stored values at `rows`: "K", "V", "Q" as (batch, heads, n, head_dim), others as (batch, n, width)."""
+        self._beside.reads(self.index, name)
         return take(self.stores[name], rows, self._lanes)
 
     def store(self, name: str, rows: Tensor, x: Tensor) -> None:
         """Overwrite a store of the policy's own at `rows`, in the shape that `stored` returns."""
-        self._beside.join()
+        self._beside.writes(self.index, name)
         put(self.stores[name], rows, x, self._lanes)
 
     # -- statistics over visible keys -----------------------------------------------------------------------------
@@ -425,6 +426,7 @@ class Layer:
 
     def _keys(self) -> tuple[Tensor, Tensor]:
         """K and V of all sequences, without the dump slot: (sequences, kv_heads, slots, head_dim)."""
+        self._beside.reads(self.index, "K", "V")
         k, v = (self.stores[name] for name in "KV")
         return k[:, :, : self.dump], v[:, :, : self.dump]
 
