@@ -6,7 +6,7 @@ in deep layers, and the most-attended token drifts least: when even *its* attent
 
 =======================  ======================================================================
 ``M``                    ``state.masked``: still to decode, before this step's commit
-``W``                    flag "window": rows that predict the leftmost masked positions
+``W``                    set "window": rows that predict the leftmost masked positions
 ``D``                    ``state.changed``: committed by the previous step
 ``T``                    set "tracked": union over layers of the most-attended positions
 ``S^{t-1}, S^t``         ``past``, ``now``: attention of T before and after this step's write
@@ -73,6 +73,7 @@ class ElasticCache(CachePolicy):
     pairs_with = "threshold(threshold=0.9,window=16)"
     exact = "refresh=always"
     config: Config
+    _past: Tensor  # of a pass: attention of the tracked rows before it, (layers * batch, heads, tracked, slots + 1)
 
     def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:
         """A window of the leftmost masks may hold none of the rows of an order drawn beforehand."""
@@ -93,25 +94,39 @@ class ElasticCache(CachePolicy):
         tracked = self._tracked(state) & ~first
         window = self._window(state)
         rows = tracked | state.changed | window | first
-        return Plan(rows, "reuse", sets={"tracked": tracked}, flags={"window": window, **self._excluded(state)})
+        return Plan(rows, "reuse", sets={"tracked": tracked, "window": window}, flags=self._excluded(state))
 
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """An ordinary layer, the drift test of the tracked rows (section 3.3), and the next step's picks."""
-        testing = at.kind == "reuse" and at.sets["tracked"].shape[1] > 0
-        if testing:  # old queries on old keys: before the write
+        """An ordinary layer; around all of them the drift test of the tracked rows (section 3.3), and the picks."""
+        if at.index == 0 and self._tests(at):  # old queries on old keys: before any write
             with at.aside():
-                past = at.probs(at.stored("Q", at.sets["tracked"]))
-        q = at.refresh(rows, h)
-        o = at.attend(rows, q)
-        with at.aside():
-            if testing:
-                now = at.probs(at.stored("Q", at.sets["tracked"]))
-                at.report("similarity", at.similarity(past, now, at.sets["tracked"], AXIS[self.config.variant]))
-            received = at.received(q, at.flags["window"].gather(1, rows))
-            score = received.masked_fill(at.flags["excluded"], -1)[:, :-1]
-            picks, _ = lowest(-score, self.config.track_num, self.config.track_num)
-            at.report("picks", picks.masked_fill(score.gather(1, picks) < 0, at.dump))
-        return rows, at.finish(h, o)
+                self._past = at.across.probs(at.across.stored("Q", at.sets["tracked"]))
+        rows, h = at.compute(rows, h)
+        if at.last:
+            with at.aside():
+                if self._tests(at):
+                    self._compare(at)
+                self._pick(at)
+        return rows, h
+
+    @staticmethod
+    def _tests(at: Layer) -> bool:
+        """Whether this is a pass with tracked rows."""
+        return at.kind == "reuse" and at.sets["tracked"].shape[1] > 0
+
+    def _compare(self, at: Layer) -> None:
+        """Attention of the tracked rows after the write, compared with that before it."""
+        every, tracked = at.across, at.sets["tracked"]
+        now = every.probs(every.stored("Q", tracked))
+        every.report("similarity", every.similarity(self._past, now, tracked, AXIS[self.config.variant]))
+
+    def _pick(self, at: Layer) -> None:
+        """Of each layer, the positions that the window attends to most; the dump slot where too few may be tracked."""
+        every, window = at.across, at.sets["window"]
+        received = every.received(every.stored("Q", window), every.each(window < at.dump))
+        cost = (-received).masked_fill(every.each(at.flags["excluded"]), 1)[:, :-1]
+        picks, _ = lowest(cost, self.config.track_num, self.config.track_num)
+        every.report("picks", picks.masked_fill(cost.gather(1, picks) > 0, at.dump))
 
     def review(self, state: State, plan: Plan, seen: Seen) -> Plan | None:
         """Recompute all rows from the layer above the first that drifted; no test at layer L-1 can matter."""
@@ -129,7 +144,7 @@ class ElasticCache(CachePolicy):
     def _refresh(state: State, plan: Plan, start: Ints) -> Plan:
         """All rows of the sequences that have a layer to start from; the window and the exclusions stay."""
         rows = state.valid & state.active[:, None] & (start < state.spec.n_layers)[:, None]
-        return Plan(rows, "refresh", start, flags=plan.flags)
+        return Plan(rows, "refresh", start, sets={"window": plan.sets["window"]}, flags=plan.flags)
 
     def _window(self, state: State) -> Bools:
         """Rows W: of the unmasker's window, of the leftmost masked positions, or of all of them."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from dcache.engine.across import Across
 from dcache.engine.aside import Aside
 from dcache.engine.network import Stores
 from dcache.kernels.attend import Keys, attend, attend_each, attend_lse, hide
@@ -219,6 +220,19 @@ class Layer:
         with self._beside.run():
             yield
 
+    @property
+    def across(self) -> Across:
+        """All layers at once, for statistics: in layer 0, before its `refresh`, of old keys; in the last of new ones.
+
+        Raises:
+            ValueError: if keys are freed between passes, see `hold`.
+        """
+        if self.compact:
+            raise ValueError(
+                "the keys of other layers are freed where a policy has a capacity; use one layer at a time"
+            )
+        return Across(self, self._held.whole)
+
     # -- an ordinary layer is these three calls -------------------------------------------------------------------
 
     def compute(self, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +272,7 @@ class Layer:
             self._model.positions(rows),
         )
         self._count("kv_rows", rows)
-        self.q, self.q_rows = q, rows
+        self.q, self.q_rows, self._lse = q, rows, None
         return q
 
     def attend(self, rows: Tensor, q: Tensor) -> Tensor:
@@ -358,7 +372,7 @@ class Layer:
 
     def stored(self, name: str, rows: Tensor) -> Tensor:
         """Stored values at `rows`: "K", "V", "Q" as (batch, heads, n, head_dim), others as (batch, n, width)."""
-        self._beside.reads(self.index, name)
+        self.reading(name)
         return take(self.stores[name], rows, self._lanes)
 
     def store(self, name: str, rows: Tensor, x: Tensor) -> None:
@@ -388,26 +402,18 @@ class Layer:
         """Mean cosine of two results of `probs` for the real ones of `rows`: (batch,); see `dcache.kernels.drift`."""
         return drift(past, now, rows < self.dump, self.visible, over)
 
+    def reading(self, *names: str, every: bool = False) -> None:
+        """Engine only: stores are read, of this layer or of every one; what runs aside must be done before a write."""
+        for layer in range(self.spec.n_layers) if every else (self.index,):
+            self._beside.reads(layer, *names)
+
     def report(self, name: str, x: Tensor, per_layer: bool = True) -> None:
         """Hand `x` (batch, ...) to the host with the picks, for the sequences that run this layer.
 
         It arrives as ``seen.reports[name]``: (layers, batch, ...), or (batch, ...) with ``per_layer=False``.
         """
-        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x  # numpy knows no bfloat16
-        shape = (self._boards.batch, *x.shape[1:])
-        shape = (self._boards.layers, *shape) if per_layer else shape
-        board = self._boards.reports.get(name)
-        if board is None:  # the eager run before any capture allocates it
-            board = self._boards.reports[name] = torch.zeros(shape, dtype=x.dtype, device=x.device)
-        if (board.shape, board.dtype) != (shape, x.dtype):
-            raise ValueError(
-                f"report {name!r} has shape {tuple(x.shape)} and dtype {x.dtype} in layer {self.index}, but its first "
-                f"had {tuple(board.shape[per_layer:])} and {board.dtype}; a report has one shape per name"
-            )
-        if name not in self.now.books.reports:
-            self.now.books.reports.append(name)
-            self.now.books.per_layer[name] = per_layer
-        place = board[self.index] if per_layer else board
+        place = self._board(name, x, per_layer)
+        place = place[self.index] if per_layer else place
         if self._lanes is None and self.now.all_live:
             place.copy_(x)
             return
@@ -415,7 +421,39 @@ class Layer:
         if self._lanes is None:
             place.copy_(torch.where(live, x, place))
         else:
-            place.index_copy_(0, self._lanes, torch.where(live, x, place.index_select(0, self._lanes)))
+            old = place.index_select(0, self._lanes)
+            place.index_copy_(0, self._lanes, torch.where(live, x.to(place.dtype), old))
+
+    def report_all(self, name: str, x: Tensor) -> None:
+        """Engine only, for `across`: `x` (layers, batch, ...), for the sequences that run each layer."""
+        board = self._board(name, x[0], per_layer=True)
+        lanes, now = self.lanes, self.now
+        if now.whole and now.all_live:
+            board.copy_(x)
+            return
+        live = now.live.expand(len(x), -1)
+        if now.start is not None:
+            live = live & (now.start <= torch.arange(len(x), device=x.device)[:, None])
+        live = live.reshape(*live.shape, *([1] * (x.dim() - 2)))
+        board.index_copy_(1, lanes, torch.where(live, x.to(board.dtype), board.index_select(1, lanes)))
+
+    def _board(self, name: str, x: Tensor, per_layer: bool) -> Tensor:
+        """Where a report of one layer's `x` (batch, ...) is kept; the eager run before any capture allocates it."""
+        kind = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype  # numpy knows no bfloat16
+        shape = (self._boards.batch, *x.shape[1:])
+        shape = (self._boards.layers, *shape) if per_layer else shape
+        board = self._boards.reports.get(name)
+        if board is None:
+            board = self._boards.reports[name] = torch.zeros(shape, dtype=kind, device=x.device)
+        if (board.shape, board.dtype) != (shape, kind):
+            raise ValueError(
+                f"report {name!r} has shape {tuple(x.shape)} and dtype {kind} in layer {self.index}, but its first "
+                f"had {tuple(board.shape[per_layer:])} and {board.dtype}; a report has one shape per name"
+            )
+        if name not in self.now.books.reports:
+            self.now.books.reports.append(name)
+            self.now.books.per_layer[name] = per_layer
+        return board
 
     # -------------------------------------------------------------------------------------------------------------
 
@@ -426,7 +464,7 @@ class Layer:
 
     def _keys(self) -> tuple[Tensor, Tensor]:
         """K and V of all sequences, without the dump slot: (sequences, kv_heads, slots, head_dim)."""
-        self._beside.reads(self.index, "K", "V")
+        self.reading("K", "V")
         k, v = (self.stores[name] for name in "KV")
         return k[:, :, : self.dump], v[:, :, : self.dump]
 

@@ -43,6 +43,7 @@ class Stores:
 
     Attributes:
         tensors: name to one tensor per layer, as layers read and write it.
+        whole: name to the same memory as one tensor (layers, ...), where each layer has its own.
         held: with a capacity, "K" and "V" to (batch, kv_heads, capacity, head_dim) per layer.
         positions: (layers, batch, capacity) int64: which they are, ascending, padded with the dump slot; or None.
     """
@@ -65,6 +66,7 @@ class Stores:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=model.device, dtype=model.dtype)
 
+        self.whole: dict[str, Tensor] = {}
         self.tensors: dict[str, list[Tensor]] = {}
         self.held: dict[str, list[Tensor]] = {}
         self.positions: Tensor | None = None
@@ -75,7 +77,8 @@ class Stores:
                 self.tensors[name] = [zeros(*shape)] * n
                 self.held[name] = [zeros(batch, spec.n_kv_heads, capacity, spec.head_dim) for _ in range(n)]
             else:
-                self.tensors[name] = [zeros(*shape) for _ in range(n)]
+                self.whole[name] = zeros(n, *shape)
+                self.tensors[name] = list(self.whole[name].unbind())
         if capacity is not None:
             self.positions = torch.empty(n, batch, capacity, dtype=torch.int64, device=model.device)
         self.clear(poison)
