@@ -200,6 +200,7 @@ class Engine:
     def begin(self, state: State) -> None:
         """Make room for a batch and forget the last one; buffers are kept while batch, slots and capacity stay."""
         self.state = state
+        self.beside.join()  # a pass that failed may have left work there, and the memory that it holds
         extra, capacity = self._extra_stores(state.spec), self._capacity(state)
         self.sizes = Batch.of(state, self.model, extra, capacity, self.graphs)
         if self._shape != (state.batch, state.slots, capacity):

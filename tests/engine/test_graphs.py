@@ -217,8 +217,8 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Tape.pools, Tape.open = [], 0
     line = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(graphs, "stream_of", lambda device, purpose: line)
     for name, stub in {
-        "Stream": lambda device: line,
         "CUDAGraph": Tape,
         "graph_pool_handle": object,
         "synchronize": lambda device: None,
