@@ -137,8 +137,7 @@ class D2Cache(CachePolicy):
         """
         at, rows, q = self._passed[0]
         sums = torch.ones(rows.shape[0], at.dump + 1, device=rows.device)
-        # rows sum to 2, attention and identity, before they are halved; the dump slot weighs nothing
-        factor = torch.ones_like(sums).scatter_(1, rows, 0.5 * (rows < at.dump))
+        factor = torch.ones_like(sums).scatter_(1, rows, 0.5 * (rows < at.dump))  # attention and identity, half each
         for at, rows, q in reversed(self._passed):
             half = sums.mul_(factor).gather(1, rows)
             sums.add_(at.received(q, half), alpha=1 / q.shape[1])

@@ -56,7 +56,7 @@ class Across:
 
     def report(self, name: str, x: Tensor) -> None:
         """`Layer.report` of all layers: `x` (layers * batch, ...), for the sequences and layers that ran."""
-        self._at.report_all(name, x.reshape(self.n_layers, -1, *x.shape[1:]))
+        self._at.report_all(name, x.reshape(self.n_layers, len(self._at.lanes), *x.shape[1:]))
 
     @property
     def _lanes(self) -> Tensor:
