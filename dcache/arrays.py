@@ -4,6 +4,7 @@ Between two passes everything is small and countable, and numpy costs a tenth of
 is a tensor. Since the two are different types, nothing crosses over by accident, and a sync cannot hide in a policy.
 """
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -14,18 +15,21 @@ Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float32]
 
 
-def positions(mask: Bools, width: int, fill: int) -> Ints:
-    """Turn a mask (batch, n) into ascending indices (batch, width), padded with `fill`."""
-    table = np.full((mask.shape[0], width), fill, dtype=np.int64)
-    for b, row in enumerate(mask):
-        index = np.flatnonzero(row)
-        table[b, : len(index)] = index
+def positions(mask: Bools, fill: int, width: Callable[[int], int] = int) -> Ints:
+    """Turn a mask (batch, n) into ascending indices, padded with `fill` to what `width` makes of the longest list."""
+    found = [row.nonzero()[0] for row in mask]
+    table = np.full((len(found), width(max(map(len, found)))), fill, dtype=np.int64)
+    for row, index in zip(table, found, strict=True):
+        row[: len(index)] = index
     return table
 
 
 def leftmost(mask: Bools, n: int) -> Bools:
     """Keep the first `n` true entries of each row of `mask` (batch, n_positions)."""
-    return mask & (mask.cumsum(-1) <= n)
+    kept = np.zeros_like(mask)
+    for b, row in enumerate(mask):
+        kept[b, row.nonzero()[0][:n]] = True
+    return kept
 
 
 def first(mask: Bools, otherwise: int) -> Ints:
