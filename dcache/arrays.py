@@ -4,6 +4,7 @@ Between two passes everything is small and countable, and numpy costs a tenth of
 is a tensor. Since the two are different types, nothing crosses over by accident, and a sync cannot hide in a policy.
 """
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -14,36 +15,45 @@ Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float32]
 
 
-def positions(mask: Bools, width: int, fill: int) -> Ints:
-    """Turn a mask (batch, n) into ascending indices (batch, width), padded with `fill`."""
-    table = np.full((mask.shape[0], width), fill, dtype=np.int64)
-    for b, row in enumerate(mask):
-        index = np.flatnonzero(row)
-        table[b, : len(index)] = index
+def positions(mask: Bools, fill: int, width: Callable[[int], int] = int) -> Ints:
+    """Turn a mask (batch, n) into ascending indices, padded with `fill` to what `width` makes of the longest list."""
+    found = [row.nonzero()[0] for row in mask]
+    table = np.full((len(found), width(max(map(len, found)))), fill, dtype=np.int64)
+    for row, index in zip(table, found, strict=True):
+        row[: len(index)] = index
     return table
 
 
 def leftmost(mask: Bools, n: int) -> Bools:
     """Keep the first `n` true entries of each row of `mask` (batch, n_positions)."""
-    return mask & (mask.cumsum(-1) <= n)
+    kept = np.zeros_like(mask)
+    for b, row in enumerate(mask):
+        kept[b, row.nonzero()[0][:n]] = True
+    return kept
 
 
-def first(mask: Bools, otherwise: int) -> Ints:
-    """Index of the first true entry of each row of `mask` (batch, n); `otherwise` where there is none."""
+def first(mask: Bools, otherwise: Ints | int) -> Ints:
+    """Index of the first true entry of each row of `mask` (batch, n); `otherwise`, or of it, where there is none."""
     return np.where(mask.any(-1), mask.argmax(-1), otherwise).astype(np.int64)
+
+
+def nth(mask: Bools, n: int, otherwise: int) -> Ints:
+    """Index of the `n`-th true entry, from 1, of each row of `mask` (batch, n_positions); `otherwise` without one."""
+    found = [row.nonzero()[0] for row in mask]
+    return np.array([index[n - 1] if len(index) >= n else otherwise for index in found], dtype=np.int64)
 
 
 def highest(score: np.ndarray, among: Bools, count: Ints | int) -> Bools:
     """Mark the `count` (batch,) highest scores (batch, n) of `among`, or all if they are fewer; ties go left."""
     chosen = np.zeros_like(among)
-    for b, wanted in enumerate(np.broadcast_to(count, len(among))):
-        index = np.flatnonzero(among[b])
+    for b, wanted in enumerate([count] * len(among) if isinstance(count, int) else count.tolist()):
+        index = among[b].nonzero()[0]
         if 0 < wanted < len(index):  # a partition, because a stable sort of 4,096 costs 0.7 ms
-            value = score[b, index]
+            value = score[b][index]
             cut = np.partition(value, -wanted)[-wanted]
-            ties = index[value == cut]
-            chosen[b, index[value > cut]] = True
-            chosen[b, ties[: wanted - np.count_nonzero(value > cut)]] = True
+            above, ties = index[value > cut], index[value == cut]
+            chosen[b, above] = True
+            chosen[b, ties[: wanted - len(above)]] = True
         elif wanted > 0:
             chosen[b, index] = True
     return chosen
@@ -51,6 +61,8 @@ def highest(score: np.ndarray, among: Bools, count: Ints | int) -> Bools:
 
 def close_gaps(mask: Bools, width: int) -> Bools:
     """Also mark what lies between two true entries of a row of `mask` (batch, n) at most `width` apart."""
+    if width < 2:  # neighbours are 1 apart, with nothing between them
+        return mask
     place, far = np.arange(mask.shape[1]), mask.shape[1] + width + 1
     before = np.maximum.accumulate(np.where(mask, place, -far), axis=1)
     after = np.minimum.accumulate(np.where(mask, place, 2 * far)[:, ::-1], axis=1)[:, ::-1]

@@ -71,6 +71,7 @@ class State:
         tokens: (batch, slots) int64.
         valid: (batch, slots) bool: the slot belongs to the sequence.
         prompt: (batch, slots) bool: the slot is prompt.
+        generated: (batch, slots) bool: the slot is to be decoded, or was.
         masked: (batch, slots) bool: still to decode. A list of its own, not ``tokens == mask_id``: rows dropped
             behind an end-of-text hold the mask and are not decoded, and a model may predict the mask id.
         known: (batch, slots) bool: prompt, or committed and not put back; rows dropped undecoded are neither masked
@@ -112,6 +113,7 @@ class State:
             raise UsageError(f"slots is {slots}, but the longest sequence has {longest} positions; leave it out")
         slots = longest if slots is None else slots
         place = np.arange(slots)
+        self._left_to_right: Ints = np.broadcast_to(place, (batch, slots))
         self.spec = spec
         self.ids = np.asarray(ids, dtype=np.int64)
         self.lengths, self.gen_start, self.gen_length = total, lengths, gen
@@ -121,13 +123,14 @@ class State:
         self.tokens: Ints = np.full((batch, slots), spec.mask_id, dtype=np.int64)
         for b, ids_ in enumerate(prompts):
             self.tokens[b, : len(ids_)] = ids_
-        self.masked: Bools = self.valid & ~self.prompt
+        self.generated: Bools = self.valid & ~self.prompt
+        self.masked: Bools = self.generated.copy()
         self._active_in: Bools | None = None  # the mask that `_active` was read from
         self._active: Bools = np.zeros(batch, dtype=bool)
         self.known: Bools = self.prompt.copy()
         self.changed: Bools = np.zeros_like(self.valid)
         self.window: Bools = np.zeros_like(self.valid)
-        self.order: Ints = np.broadcast_to(place, self.valid.shape)
+        self.order: Ints = self._left_to_right
         self.step: Ints = np.zeros(batch, dtype=np.int64)
         self.block_step: Ints = np.zeros(batch, dtype=np.int64)
         self.block: Bools = np.zeros_like(self.valid)
@@ -210,11 +213,12 @@ class State:
                     f"Ask.{name} has shape {mask.shape} and dtype {mask.dtype}, "
                     f"expected (batch={self.batch}, slots={self.slots}) bool"
                 )
-        if (ask.window & ~self.masked).any():
-            b, p = (int(i[0]) for i in np.nonzero(ask.window & ~self.masked))
+        outside = ask.window & ~self.masked
+        if outside.any():
+            b, p = (int(i[0]) for i in np.nonzero(outside))
             raise UnmaskerError(f"the window of sequence {b} holds position {p}, which is not masked")
         self.window = ask.window
-        self.order = np.broadcast_to(np.arange(self.slots), self.valid.shape) if ask.order is None else ask.order
+        self.order = self._left_to_right if ask.order is None else ask.order
         if ask.block is not None:  # blocks of the unmasker's own, from now on
             if not self._own_blocks:
                 self._own_blocks, self._block_start = True, np.full(self.batch, -1, dtype=np.int64)
@@ -228,7 +232,7 @@ class State:
         written, tokens = update.written(self.spec.eos_id)
         self.changed = written | update.remask
         self.tokens = np.where(written, tokens, self.tokens)
-        self.tokens = np.where(update.remask, self.spec.mask_id, self.tokens)
+        self.tokens[update.remask] = self.spec.mask_id
         self.masked = (self.masked & ~written & ~update.drop) | update.remask
         self.known = (self.known | written) & ~update.remask
         self.step = self.step + active
@@ -248,16 +252,18 @@ class State:
 
         if found(update.commit & ~self.window):
             raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} was committed outside the window")
-        if found(update.commit & (update.tokens == self.spec.mask_id)):
+        ids = update.tokens[update.commit]  # few: the masks below are made to say where, in an error
+        if (ids == self.spec.mask_id).any() and found(update.commit & (update.tokens == self.spec.mask_id)):
             raise UnmaskerError(f"step {self.step[b]}, sequence {b}: the mask token was committed at position {p}")
-        if found(update.commit & ((update.tokens < 0) | (update.tokens >= self.spec.vocab_size))):
+        unknown = (ids < 0) | (ids >= self.spec.vocab_size)
+        if unknown.any() and found(update.commit & ((update.tokens < 0) | (update.tokens >= self.spec.vocab_size))):
             raise UnmaskerError(
                 f"step {self.step[b]}, sequence {b}: token {update.tokens[b, p]} was committed at position {p}; "
                 f"the vocabulary has {self.spec.vocab_size} ids, and -1 means that the position was not predicted"
             )
-        if found(update.remask & (self.prompt | ~self.valid)):
+        if found(update.remask & ~self.generated):
             raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} is not generated, yet re-masked")
-        if update.fill is not None and found(update.fill & (self.prompt | ~self.valid | update.remask)):
+        if update.fill is not None and found(update.fill & (~self.generated | update.remask)):
             raise UnmaskerError(
                 f"step {self.step[b]}, sequence {b}: position {p} is overwritten with end-of-text, but it is "
                 f"{'re-masked too' if update.remask[b, p] else 'not generated'}"
@@ -271,17 +277,21 @@ class State:
                 )
 
     def _fixed_block(self) -> Bools:
-        """The block of the leftmost masked row of each sequence; empty for finished ones."""
-        if self.block_length is None:
-            return (self.valid & ~self.prompt) & self.active[:, None]
-        block = np.zeros_like(self.valid)
-        for b in np.flatnonzero(self.active):
-            begin, start = self.gen_start[b], self.masked[b].argmax()
-            begin += (start - begin) // self.block_length * self.block_length
-            block[b, begin : begin + self.block_length] = True
+        """The block of the leftmost masked row of each sequence, empty for finished ones; `block` itself if it is."""
+        size = self.gen_length if self.block_length is None else self.block_length
+        leftmost = self.masked.argmax(1)
+        start = np.where(self.active, leftmost - (leftmost - self.gen_start) % size, -1)
+        moved = start != self._block_start
+        if not moved.any():
+            return self.block
+        block, end = self.block.copy(), start + size
+        for b in np.flatnonzero(moved):
+            block[b] = False
+            if start[b] >= 0:
+                block[b, start[b] : end[b]] = True
         return block
 
     def _enter(self, block: Bools) -> None:
-        start = first(block, -1)
+        start = self._block_start if block is self.block else first(block, -1)
         self.block_step = np.where(start == self._block_start, self.block_step + 1, 0)
         self.block, self._block_start = block, start

@@ -377,7 +377,10 @@ def _joined(lse, o_r, m_r, rows, splits, BLOCK_S: tl.constexpr):
         b_lse = tl.load(lse + o_r, mask=m_r, other=0.0) * LOG2E
     else:
         o_s = tl.arange(0, BLOCK_S)
-        b_each = tl.load(lse + o_s[:, None] * rows + o_r[None, :], mask=m_r[None, :], other=0.0) * LOG2E
+        b_each = (
+            tl.load(lse + o_s[:, None] * rows + o_r[None, :], mask=m_r[None, :] & (o_s < splits)[:, None], other=0.0)
+            * LOG2E
+        )
         b_each = tl.where((o_s < splits)[:, None], b_each, -float("inf"))
         b_max = tl.max(b_each, 0)
         b_lse = b_max + tl.log2(tl.sum(tl.exp2(b_each - b_max[None, :]), 0))

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from dcache.arrays import Bools, close_gaps, first, highest
+from dcache.arrays import Bools, close_gaps, first, highest, nth
 from dcache.density import densities
 from dcache.policy import CachePolicy, Plan, PolicyConfig, State
 
@@ -98,6 +98,7 @@ class D2Cache(CachePolicy):
     def begin(self, net: Network, state: State) -> None:
         """Nothing is known of any position."""
         self.selection: Selection | None = None
+        self.border = state.prompt & state.rows_for(~state.prompt)  # the last prompt row, where it predicts
         self.confidence = np.zeros(state.valid.shape)  # of the masked positions
         self.masked, self.block, self.ran = state.masked, state.block, state.active  # as the previous `plan` saw them
         self._passed: list[tuple[Layer, Tensor, Tensor]] = []  # of the running pass: layer, rows, queries
@@ -108,7 +109,7 @@ class D2Cache(CachePolicy):
         if state.seen is not None and self.config.refresh == "never":
             self._recall(state)
             selection = self._select(state, state.seen.reports)
-            if self.selection is not None:  # a sequence that the last pass did not run keeps its own
+            if self.selection is not None and not self.ran.all():  # what the last pass did not run keeps its own
                 both = zip(selection, self.selection, strict=True)
                 selection = Selection(*(np.where(self.ran[:, None], now, before) for now, before in both))
             self.selection = selection
@@ -117,7 +118,8 @@ class D2Cache(CachePolicy):
                 rows = rows | self._top_up(state, self.selection)
         self.masked, self.block, self.ran = state.masked, state.block, state.active
         reread = state.step == 0 if self.config.confidence == "first" else state.active
-        return Plan(rows, watch=state.predicted_by(rows) & state.masked & reread[:, None])
+        watch = state.predicted_by(rows) & state.masked & reread[:, None] if reread.any() else None
+        return Plan(rows, watch=watch)
 
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """An ordinary layer; the last one multiplies the rollout."""
@@ -146,19 +148,19 @@ class D2Cache(CachePolicy):
     def _recall(self, state: State) -> None:
         """Take over the confidences that the released code keeps, those of the first step, or all."""
         assert state.seen is not None
-        wanted = (state.step == 1)[:, None] | (self.config.confidence == "latest")
-        fresh = self.masked & np.isfinite(state.seen.confidence) & wanted
-        self.confidence = np.where(fresh, state.seen.confidence, self.confidence)
+        wanted = (state.step == 1) | (self.config.confidence == "latest")
+        if wanted.any():
+            fresh = self.masked & np.isfinite(state.seen.confidence) & wanted[:, None]
+            self.confidence = np.where(fresh, state.seen.confidence, self.confidence)
 
     def _select(self, state: State, reports: Mapping[str, np.ndarray]) -> Selection:
         """Both stages, for the pass to come."""
         score, prior = self._prior(state)
         reads = state.rows_for(prior)
-        border = state.prompt & state.rows_for(~state.prompt)  # the last prompt row, where it predicts
-        early = reads & ~border | state.changed
+        early = reads & ~self.border | state.changed
         importance = reports["importance"].astype(np.float64)
         nucleus = self._nucleus(importance, state.valid & ~early)
-        rows = close_gaps((early | nucleus) & ~border | reads & border, self.config.inflate_w)
+        rows = close_gaps((early | nucleus) & ~self.border | reads & self.border, self.config.inflate_w)
         return Selection(score, prior, importance, early, nucleus, rows)
 
     def _prior(self, state: State) -> tuple[NDArray[np.float64], Bools]:
@@ -178,18 +180,17 @@ class D2Cache(CachePolicy):
 
     def _search(self, state: State, block: Bools) -> Bools:
         """From the first position of `block` over `current_k` masks, up to a multiple of its size."""
-        begin, size = state.gen_start, block.sum(1).clip(1)
-        reach = np.minimum(first(state.masked.cumsum(1) >= self.config.current_k, state.slots), state.lengths - 1)
+        begin, size, place = state.gen_start, np.maximum(block.sum(1), 1), np.arange(state.slots)
+        reach = np.minimum(nth(state.masked, self.config.current_k, state.slots), state.lengths - 1)
         end = begin + ((reach - begin) // size + 1) * size
-        start, place = np.where(block.any(1), first(block, 0), begin), np.arange(state.slots)
-        search: Bools = (place >= start[:, None]) & (place < end[:, None])
+        search: Bools = (place >= first(block, begin)[:, None]) & (place < end[:, None])
         return search
 
     def _nucleus(self, importance: NDArray[np.float64], free: Bools) -> Bools:
         """Stage 2 (section 3.3): the most attended of the `free` rows, a share `rollout_p` of their mass."""
         mass = np.sort(np.where(free, importance, 0))[:, ::-1].cumsum(1)
         within = (mass <= self.config.rollout_p * (mass[:, -1:] + 1e-9)).sum(1)
-        return highest(importance, free, within + 1 if self.config.nucleus == "above" else within.clip(1))
+        return highest(importance, free, within + 1 if self.config.nucleus == "above" else np.maximum(within, 1))
 
     def _top_up(self, state: State, selection: Selection) -> Bools:
         """Rows added so that all active sequences compute as many: generated ones first, then by importance."""

@@ -90,10 +90,10 @@ class ElasticCache(CachePolicy):
 
     def plan(self, state: State) -> Plan:
         """Step 0 computes all; then T, D and W (Algorithm 1)."""
-        first = (state.step == 0)[:, None]
-        tracked = self._tracked(state) & ~first
-        window = self._window(state)
-        rows = tracked | state.changed | window | first
+        tracked, window = self._tracked(state), self._window(state)
+        rows = tracked | state.changed | window
+        begins = state.step == 0
+        tracked[begins], rows[begins] = False, True
         return Plan(rows, "reuse", sets={"tracked": tracked, "window": window}, flags=self._excluded(state))
 
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +137,8 @@ class ElasticCache(CachePolicy):
         if similarity is None:
             return None
         drifted = (similarity < np.float32(self.config.gamma)) & state.active & plan.sets["tracked"].any(1)
+        if not drifted.any():
+            return None
         start = np.where(drifted.any(0), drifted.argmax(0) + 1, layers)
         return None if (start >= layers).all() else self._refresh(state, plan, start)
 
@@ -160,12 +162,13 @@ class ElasticCache(CachePolicy):
         """Positions T: what any layer picked in the previous step."""
         tracked = np.zeros((state.batch, state.slots + 1), dtype=bool)
         if state.seen is not None and "picks" in state.seen.reports:
-            picks = state.seen.reports["picks"]  # (layers, batch, track_num)
-            np.put_along_axis(tracked, picks.transpose(1, 0, 2).reshape(state.batch, -1), True, axis=1)
+            picks = state.seen.reports["picks"].transpose(1, 0, 2)  # (batch, layers, track_num)
+            tracked[np.arange(state.batch)[:, None, None], picks] = True
         return tracked[:, :-1]
 
     def _excluded(self, state: State) -> dict[str, np.ndarray]:
         """Positions that may not be tracked: masked before this step's commit, or not part of the sequence."""
-        dropped = state.valid & ~state.prompt & (state.tokens == state.spec.mask_id)
         excluded = state.masked | ~state.valid
-        return {"excluded": excluded if self.config.track_dropped else excluded | dropped}
+        if not self.config.track_dropped:
+            excluded |= state.valid & ~state.prompt & (state.tokens == state.spec.mask_id)
+        return {"excluded": excluded}

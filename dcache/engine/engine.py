@@ -483,13 +483,15 @@ class Engine:
         found = {name: out[name].copy() for name in books.counted(self.maps)}
         self.later(lambda: arrays, partial(self._account, self._count, books, found))
 
+        at = (where + lanes[:, None] * (state.slots + 1)).ravel()  # of flattened tables with a dump slot
+
         def spread(name: str, blank: object, kind: type) -> np.ndarray:
             earlier = None if before is None else {"commit": before.taken}.get(name, getattr(before, name, None))
             table: np.ndarray = np.full((state.batch, state.slots + 1), blank, dtype=kind)
             if earlier is not None:  # sequences that sit the second pass out keep what the first found
                 table[:, :-1] = earlier
                 table[lanes] = blank
-            table[lanes[:, None], where] = out[name]
+            table.reshape(-1)[at] = out[name].ravel()
             return table[:, :-1]
 
         return Seen(
@@ -507,6 +509,9 @@ class Engine:
         reports = {} if before is None else dict(before.reports)
         for name in books.reports:
             fresh = out[f"report {name}"]
+            if len(lanes) == self.state.batch:
+                reports[name] = fresh.copy()
+                continue
             axis = int(books.per_layer[name])
             shape = (*fresh.shape[:axis], self.state.batch, *fresh.shape[axis + 1 :])
             table = reports[name].copy() if name in reports else np.zeros(shape, fresh.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -24,44 +25,50 @@ class Inputs:
     """
 
     def __init__(self, state: State, buckets: Sequence[int]):
-        self.state, self.buckets = state, buckets
+        self.state, self.buckets = state, sorted(buckets)
+        self._everyone = np.arange(state.batch)
+        self._complete = bool(state.valid.all())
 
     def arrays(self, plan: Plan, ask: Ask) -> dict[str, np.ndarray]:
         """Every array that the pass reads, by lane. Positions are padded with the number of slots."""
         state = self.state
         part = state.active if plan.start is None else state.active & (plan.start < state.spec.n_layers)
         lanes = self.lanes(part)
-        read = self._read(plan, ask)[lanes]
-        where = self._positions(read, least=1)
+        # if every sequence has a lane, which is the rule at batch 1, no array is copied
+        by_lane: slice | Ints = slice(None) if len(lanes) == state.batch else lanes
+        present = (state.valid & part[:, None])[by_lane]
+        read = self._read(plan, ask)
+        where = self._positions(read[by_lane], least=1)
+        only_window = read is ask.window
         arrays: dict[str, np.ndarray] = {
             "lanes": lanes,
-            "tokens": wider(state.tokens[lanes]),
-            "rows": self._positions((plan.row_mask & state.valid & part[:, None])[lanes], least=1),
-            "live": part[lanes],
+            "tokens": wider(state.tokens[by_lane]),
+            "rows": self._positions(plan.row_mask[by_lane] & present, least=1),
+            "live": part[by_lane],
             "where": where,
-            "window": _at(wider(ask.window[lanes]), where),
-            "sequence": state.ids[lanes, None],
-            "step": state.step[lanes, None],
+            "window": where < state.slots if only_window else _at(wider(ask.window[by_lane]), where),
+            "sequence": state.ids[by_lane, None],
+            "step": state.step[by_lane, None],
         }
         if plan.start is not None:
-            arrays["start"] = plan.start[lanes].astype(np.int64)
+            arrays["start"] = plan.start[by_lane].astype(np.int64)
         for name, mask in plan.sets.items():
-            arrays[f"set {name}"] = self._positions((mask & state.valid & part[:, None])[lanes])
+            arrays[f"set {name}"] = self._positions(mask[by_lane] & present)
         for name, flag in plan.flags.items():
-            arrays[f"flag {name}"] = self._with_dump(flag)[lanes]
+            arrays[f"flag {name}"] = self._with_dump(flag)[by_lane]
         for name, flag in ask.flags.items():
-            mine = self._with_dump(flag)[lanes]
+            mine = self._with_dump(flag)[by_lane]
             arrays[f"ask {name}"] = _at(mine, where) if flag.ndim == 2 else mine
         if ask.shadow is not None:
             shadow = ask.shadow & state.valid & state.active[:, None]
-            arrays["shadow"] = self._positions(shadow[lanes], least=1)
+            arrays["shadow"] = self._positions(shadow[by_lane], least=1)
         if (shown := self._visible(plan, lanes)) is not None:
             arrays["visible"] = shown
         return arrays
 
     def key(self, plan: Plan, arrays: dict[str, np.ndarray]) -> tuple[Hashable, ...]:
         """Kind, marks, first layer, whether all lanes are live, and all shapes: what a recording depends on."""
-        shapes = tuple((name, value.shape, value.dtype.str) for name, value in arrays.items())
+        shapes = tuple((name, value.shape, value.dtype) for name, value in arrays.items())
         device_mask = tuple(plan.visible.shape) if isinstance(plan.visible, Tensor) else None
         live = bool(arrays["live"].all())
         return plan.kind, *sorted(plan.marks.items()), self.first_layer(plan), live, device_mask, shapes
@@ -74,6 +81,8 @@ class Inputs:
         Args:
             part: (batch,) bool. If it is empty, all active sequences run without rows.
         """
+        if part.all():
+            return self._everyone
         n_texts = self.state.n_texts
         part = part if part.any() else self.state.active
         texts: Bools = np.asarray(part.reshape(-1, n_texts).any(0))  # one row, or two of a guided batch
@@ -91,9 +100,14 @@ class Inputs:
         return int(plan.start[self.state.active].min(initial=self.state.spec.n_layers))
 
     def _read(self, plan: Plan, ask: Ask) -> Bools:
-        """(batch, slots): positions whose logits are wanted; the same for both sequences of a guided text."""
+        """(batch, slots): positions whose logits are wanted; the same for both sequences of a guided text.
+
+        That is ``ask.window`` itself where nothing is added to it: what it holds is masked, so of active sequences.
+        """
         state = self.state
         read = ask.window if ask.read is None else ask.read
+        if read is ask.window and plan.watch is None and not state.guided:
+            return read
         if plan.watch is not None:
             read = read | (plan.watch & state.valid)
         if state.guided:
@@ -102,8 +116,10 @@ class Inputs:
 
     def _visible(self, plan: Plan, lanes: Ints) -> np.ndarray | None:
         """(lanes, 1, slots) or (layers, lanes, 1 or kv_heads, slots); None if no key is hidden, or on the device."""
+        if isinstance(plan.visible, Tensor) or (plan.visible is None and self._complete):
+            return None
         valid = self.state.valid[lanes]
-        if isinstance(plan.visible, Tensor) or (plan.visible is None and valid.all()):
+        if plan.visible is None and valid.all():
             return None
         shown = self.state.valid if plan.visible is None else plan.visible
         shown = shown[lanes, None] if shown.ndim == 2 else shown[:, lanes]
@@ -111,11 +127,14 @@ class Inputs:
 
     def _positions(self, mask: Bools, least: int = 0) -> Ints:
         """Ascending positions (lanes, n), n padded to a bucket; a list may be empty unless `least` is 1."""
-        slots = self.state.slots
-        n = max(int(mask.sum(1).max()), least)
-        if n and self.buckets:
-            n = min(next((size for size in self.buckets if size >= n), slots), slots)
-        return positions(mask, n, slots)
+        return positions(mask, self.state.slots, lambda longest: self._padded(max(longest, least)))
+
+    def _padded(self, n: int) -> int:
+        """The bucket of a list of `n` positions; an empty list stays empty."""
+        if n == 0 or not self.buckets:
+            return n
+        at = bisect_left(self.buckets, n)
+        return min(self.buckets[at], self.state.slots) if at < len(self.buckets) else self.state.slots
 
     def _with_dump(self, flag: np.ndarray) -> np.ndarray:
         """A (batch, slots) flag with a last column of 0 for the dump slot."""
@@ -131,4 +150,5 @@ def wider(x: np.ndarray) -> np.ndarray:
 
 def _at(table: np.ndarray, where: Ints) -> np.ndarray:
     """Entries (lanes, w) of a table (lanes, slots + 1)."""
-    return table[np.arange(len(table))[:, None], where]
+    n, width = table.shape
+    return table.take(where + np.arange(0, n * width, width)[:, None])

@@ -237,7 +237,7 @@ class Network(Weights):
         """
         if self.layers[layer].compact:
             raise UsageError("keys cannot be preloaded into a store that holds some of them; return None from capacity")
-        where = torch.from_numpy(positions(rows, int(rows.sum(1).max()), self.slots)).to(self.device)
+        where = torch.from_numpy(positions(rows, self.slots)).to(self.device)
         put(self.layers[layer].stores["K"], where, k)
         put(self.layers[layer].stores["V"], where, v)
         if layer == self.spec.n_layers - 1:

@@ -134,7 +134,7 @@ class Quota:
         else:
             span = Span(state, config.window)
             quota = self._linear(span) if config.schedule == "linear" else self._even(span)
-        return np.where(opens(state, config), 1, quota)
+        return np.where(opens(state, config), 1, quota) if config.first == "alone" else quota
 
     def _even(self, span: Span) -> Ints:
         if self.size.shape != span.step.shape:
@@ -160,4 +160,6 @@ def opens(state: State, config: Opening) -> Bools:
 def ask_opening(state: State, config: Opening, **flags: np.ndarray) -> Ask:
     """Ask for the masked rows of the block or window; for the first of them where a block opens with it alone."""
     ask = ask_for(state, config.window, **flags)
+    if config.first == "free":
+        return ask
     return replace(ask, window=np.where(opens(state, config)[:, None], leftmost(ask.window, 1), ask.window))
