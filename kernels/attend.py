@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from dcache.kernels.backend import begin, pdl, tl, triton, use_triton
+from dcache.kernels.backend import tl, triton, use_triton
 
 # From this many rows on cuDNN's attention runs where all keys are visible and all sequences take part: for 1,280 LLaDA
 # rows on an H200 it takes 54 us, this kernel 68, torch's flash attention 104; for 256 rows 22, 18 and 31.
@@ -80,9 +80,7 @@ def visible_keys_triton(visible: Tensor) -> Keys:
     count = torch.empty(visible.shape[:-1], dtype=torch.int32, device=visible.device)
     block = min(triton.next_power_of_2(slots), 4096)
     mask = visible.contiguous().view(torch.uint8)
-    _visible_keys_kernel[(count.numel(),)](
-        mask, index, count, slots, BLOCK=block, num_warps=max(1, block // 512), **pdl(mask)
-    )
+    _visible_keys_kernel[(count.numel(),)](mask, index, count, slots, BLOCK=block, num_warps=max(1, block // 512))
     return Keys(index, count)
 
 
@@ -283,18 +281,12 @@ def _launch(
         EVEN=keys is None and slots % tiles.block_n == 0 and dim == block_d,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        **pdl(q),
     )
     if splits > 1:
         block_s = triton.next_power_of_2(splits)
         warps = min(8, max(1, block_s * block_d // 1024))
         _combine_kernel[(batch * n * heads,)](
-            *(part_o, part_lse, o, lse, n, heads, splits),
-            DIM=dim,
-            BLOCK_S=block_s,
-            BLOCK_D=block_d,
-            num_warps=warps,
-            **pdl(q),
+            *(part_o, part_lse, o, lse, n, heads, splits), DIM=dim, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=warps
         )
     return o.transpose(1, 2), lse
 
@@ -308,11 +300,10 @@ def _list_strides(x: Tensor | None, dims: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _visible_keys_kernel(visible, index, count, slots, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _visible_keys_kernel(visible, index, count, slots, BLOCK: tl.constexpr):
     """One row of the mask. Hidden slots write a zero each, from the end of the list, so that all of it is written."""
     i_row = tl.program_id(0).to(tl.int64)
     p_visible, p_index = visible + i_row * slots, index + i_row * slots
-    begin(PDL)
     n_seen = 0
     for i_start in range(0, slots, BLOCK):
         o_slot = i_start + tl.arange(0, BLOCK)
@@ -359,7 +350,6 @@ def _attend_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Some pairs (row, head of a group) over the `i_split`-th part of the keys of one key/value head.
 
@@ -368,7 +358,6 @@ def _attend_kernel(
     """
     i_split, i_bh = tl.program_id(1), tl.program_id(2)
     i_b, i_h = (i_bh // (heads // GROUP)).to(tl.int64), i_bh % (heads // GROUP)
-    begin(PDL)
     i_seq = i_b
     if lanes is not None:
         i_seq = tl.load(lanes + i_b)
@@ -432,14 +421,12 @@ def _combine_kernel(
     DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One row of one head: the parts of `_attend_kernel` made one."""
     i_o = tl.program_id(0)  # in (batch, rows, heads)
     i_lse = (i_o // (heads * n) * heads + i_o % heads) * n + i_o // heads % n  # in (batch, heads, rows)
     o_s, o_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     m_s, m_d = o_s < splits, o_d < DIM
-    begin(PDL)
     b_lse = tl.load(part_lse + i_lse.to(tl.int64) * splits + o_s, mask=m_s, other=float("-inf"))
     p_o = part_o + (i_o.to(tl.int64) * splits + o_s)[:, None] * DIM + o_d[None, :]
     b_o = tl.load(p_o, mask=m_s[:, None] & m_d[None, :], other=0.0)

@@ -12,10 +12,9 @@ The softmax is taken in float32 whatever the dtype of the model. The twins mater
 `received` for `ROWS_AT_ONCE` rows at a time, since policies ask for it over all rows of a sequence.
 
 The kernels work on tiles of scores. A first one finds the log-sum-exp of every row, which the caller may know already;
-a second one computes the scores again and has the probabilities at once. `probs` of few rows takes one kernel, which
-reads the keys once and keeps the scores in the result. Where a result is a sum over heads, groups of them make partial
-sums, which a last kernel adds in a fixed order. A hidden key spoils no score but its own, and that is replaced. How
-work is divided depends on the shape of one lane alone, so a lane's bits do not depend on its batch.
+a second one computes the scores again and has the probabilities at once. Where a result is a sum over heads, groups of
+them make partial sums, which a last kernel adds in a fixed order. A hidden key spoils no score but its own, and that is
+replaced. How work is divided depends on the shape of one lane alone, so a lane's bits do not depend on its batch.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dcache.kernels.attend import hide
-from dcache.kernels.backend import begin, pdl, tl, triton, use_triton
+from dcache.kernels.backend import tl, triton, use_triton
 
 ROWS_AT_ONCE = 256
 PROGRAMS = 256  # what a lane's work is split into if it can be: about two programs per processor of a large GPU
@@ -45,12 +44,10 @@ class Tile(NamedTuple):
 TILES = {  # by kernel, for few, some and many rows
     "lse": (Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     "probs": (Tile(16, 128, 4, 1), Tile(64, 64, 4, 1), Tile(64, 128, 8, 1)),
-    "sweep": (Tile(32, 64, 4, 3),) * 3,
     "received": (Tile(16, 64, 4, 1), Tile(32, 64, 4, 3), Tile(64, 128, 4, 2)),
     "mean": (Tile(16, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 3)),
 }
 FEW, SOME = 16, 256
-SWEEP = 32  # most rows per key/value head, a tile, whose probabilities come from one pass over the keys
 
 
 def probs_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None = None) -> Tensor:
@@ -70,12 +67,9 @@ def probs_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None
 def probs_triton(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None) -> Tensor:
     """Launch the kernels of `probs`."""
     common, (batch, heads, n, slots) = _common(q, k, visible, lanes)
+    lse, splits = _row_lse(q, k, common)
     out = torch.empty(batch, heads, n, slots + 1, dtype=torch.float32, device=q.device)
     packed = heads // k.shape[1] * n
-    if packed <= SWEEP:
-        _sweep_kernel[(k.shape[1], batch)](**common, **_tile("sweep", packed, q), out=out)
-        return out
-    lse, splits = _row_lse(q, k, common)
     tile = _tile("probs", packed, q)
     grid = (triton.cdiv(slots, tile["BLOCK_N"]), k.shape[1] * triton.cdiv(packed, tile["BLOCK_M"]), batch)
     _probs_kernel[grid](**common, **tile, lse=lse, splits=splits, out=out, BLOCK_S=triton.next_power_of_2(splits))
@@ -248,7 +242,6 @@ def _common(
         "GROUP": heads // k.shape[1],
         "HEAD_DIM": head_dim,
         "BLOCK_D": _side(head_dim),
-        **pdl(q),
     }
     return arguments, (batch, heads, n, k.shape[2])
 
@@ -330,8 +323,7 @@ def _summed(partial: Tensor) -> Tensor:
     out = torch.empty(batch, *partial.shape[2:], dtype=torch.float32, device=partial.device)
     size = out[0].numel()
     block, at_once = (64, 32) if size < 64 * PROGRAMS else (256, 8)
-    grid = (triton.cdiv(size, block), batch)
-    _sum_kernel[grid](partial, out, parts, size, BLOCK=block, BLOCK_P=at_once, num_warps=4, **pdl(partial))
+    _sum_kernel[(triton.cdiv(size, block), batch)](partial, out, parts, size, BLOCK=block, BLOCK_P=at_once, num_warps=4)
     return out
 
 
@@ -418,7 +410,6 @@ def _lse_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """lse[b, split, h, i] = log sum_j exp(scale * q[b, h, i] . k[j]) over the visible keys j of a split.
 
@@ -429,7 +420,6 @@ def _lse_kernel(
     i_g, i_m = tl.program_id(1) // row_blocks, tl.program_id(1) % row_blocks
     o_m, o_d = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     m_m = o_m < GROUP * n
-    begin(PDL)
     p_q = _packed(q, q_strides, i_b, i_g * GROUP, o_m, n)
     b_q = _vectors(p_q[:, None], m_m[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
     p_k = k + _sequence(lanes, i_b) * k_strides[0] + i_g * k_strides[1]
@@ -456,63 +446,6 @@ def _lse_kernel(
 
 
 @triton.jit
-def _sweep_kernel(
-    q,
-    k,
-    visible,
-    lanes,
-    out,
-    n,
-    slots,
-    scale,
-    q_strides,
-    k_strides,
-    visible_strides,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """What `_probs_kernel` writes, for the packed rows of one tile: scores first, then probabilities in their place.
-
-    The keys are read once, and the scores come back from the cache.
-    """
-    i_g, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    m_m = o_m < GROUP * n
-    begin(PDL)
-    p_q = _packed(q, q_strides, i_b, i_g * GROUP, o_m, n)
-    b_q = _vectors(p_q[:, None], m_m[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
-    p_k = k + _sequence(lanes, i_b) * k_strides[0] + i_g * k_strides[1]
-    p_rows = out + (i_b * HEADS + i_g * GROUP) * n * (slots + 1) + o_m * (slots + 1)
-
-    b_max = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite: no inf - inf where all keys are hidden
-    b_sum = tl.zeros((BLOCK_M,), tl.float32)
-    for i_n in range(tl.cdiv(slots, BLOCK_N)):
-        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_k = _vectors(p_k + (o_n * k_strides[2])[None, :], (o_n < slots)[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
-        m_n = _seen(visible, i_b * visible_strides[0] + i_g * visible_strides[1], o_n, slots)
-        b_score = tl.dot(b_q, b_k, input_precision="ieee") * (scale * LOG2E)
-        b_score = tl.where(m_n[None, :], b_score, -float("inf"))
-        tl.store(p_rows[:, None] + o_n[None, :], b_score, mask=m_m[:, None] & (o_n < slots)[None, :])
-        b_new = tl.maximum(b_max, tl.max(b_score, 1))
-        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_score - b_new[:, None]), 1)
-        b_max = b_new
-    b_lse = b_max + tl.log2(tl.maximum(b_sum, 1.0))  # a sum is at least 1 where a key is visible
-
-    tl.debug_barrier()  # threads read below what others of the program wrote
-    for i_n in range(tl.cdiv(slots, BLOCK_N)):
-        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        m = m_m[:, None] & (o_n < slots)[None, :]
-        b_score = tl.load(p_rows[:, None] + o_n[None, :], mask=m, other=0.0)
-        tl.store(p_rows[:, None] + o_n[None, :], tl.exp2(b_score - b_lse[:, None]), mask=m)
-    tl.store(p_rows + slots, tl.zeros_like(b_lse), mask=m_m)
-
-
-@triton.jit
 def _probs_kernel(
     q,
     k,
@@ -534,7 +467,6 @@ def _probs_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """out[b, h, i, j] = exp(scale * q[b, h, i] . k[j] - lse[b, h, i]) for visible keys j, else 0; packed rows."""
     i_n, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -543,7 +475,6 @@ def _probs_kernel(
     o_m, o_d = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m = o_m < GROUP * n
-    begin(PDL)
     p_q = _packed(q, q_strides, i_b, i_g * GROUP, o_m, n)
     b_q = _vectors(p_q[:, None], m_m[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
     p_k = k + _sequence(lanes, i_b) * k_strides[0] + i_g * k_strides[1] + o_n * k_strides[2]
@@ -581,7 +512,6 @@ def _received_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """out[b, part, j] = sum over the packed rows of a part of weight[b, i] p[b, h, i, j], with keys by rows as tile.
 
@@ -590,7 +520,6 @@ def _received_kernel(
     i_n, i_part, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_g, i_first = i_part // parts, (i_part % parts) * per
     o_n, o_d = i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    begin(PDL)
     p_k = k + _sequence(lanes, i_b) * k_strides[0] + i_g * k_strides[1] + o_n * k_strides[2]
     b_k = _vectors(p_k[:, None], (o_n < slots)[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
     m_n = _seen(visible, i_b * visible_strides[0] + i_g * visible_strides[1], o_n, slots)
@@ -639,7 +568,6 @@ def _mean_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """out[b, part, i, j] = 1 / heads * sum over the heads of a part of p[b, h, i, j], or without `lse` of q . k."""
     i_n, i_m = tl.program_id(0) % key_blocks, tl.program_id(0) // key_blocks
@@ -647,7 +575,6 @@ def _mean_kernel(
     o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m_m = o_m < n
-    begin(PDL)
     p_q = q + i_b * q_strides[0] + o_m * q_strides[2]
     p_k = k + _sequence(lanes, i_b) * k_strides[0] + o_n * k_strides[2]
 
@@ -670,12 +597,11 @@ def _mean_kernel(
 
 
 @triton.jit
-def _sum_kernel(partial, out, parts, size, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr):
+def _sum_kernel(partial, out, parts, size, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr):
     """out[b, j] = sum_part partial[b, part, j]."""
     i_b = tl.program_id(1).to(tl.int64)
     o_j, o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_P)
     p_partial = partial + i_b * parts * size + o_p[:, None].to(tl.int64) * size + o_j[None, :]
-    begin(PDL)
     b_sum = tl.zeros((BLOCK,), tl.float32)
     for i_p in range(0, parts, BLOCK_P):
         m = (i_p + o_p < parts)[:, None] & (o_j < size)[None, :]

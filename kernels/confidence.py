@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, float32, float64
 
-from dcache.kernels.backend import begin, pdl, tl, triton, use_triton
+from dcache.kernels.backend import tl, triton, use_triton
 
 TINY = 1e-10  # as published; keeps the logarithm of a filtered token finite
 CHUNK = 4096  # ids of one program: 32 to a thread, four loads of 16 bytes in bfloat16
@@ -71,10 +71,7 @@ def summarize_triton(logits: Tensor, forbidden: tuple[int, ...]) -> Summary:
     finite = torch.empty(logits.shape[:2], dtype=torch.bool, device=logits.device)
     stats = torch.empty((4, *logits.shape[:2]), dtype=float32, device=logits.device)
     _summary_kernel[(token.numel(),)](
-        *(logits, parts, token, finite, stats, *_sizes(logits, parts)),
-        *(forbidden, *_blocks(parts, logits)),
-        num_warps=WARPS,
-        **pdl(logits),
+        logits, parts, token, finite, stats, *_sizes(logits, parts), forbidden, *_blocks(parts, logits), num_warps=WARPS
     )
     confidence, margin, peak, mass = stats.unbind(0)
     return Summary(token, confidence, margin, finite, peak, mass)
@@ -103,9 +100,7 @@ def certainty_triton(logits: Tensor, summary: Summary | None) -> Tensor:
     chunk, chunks = _chunks(logits)
     parts = torch.empty((*logits.shape[:2], chunks), dtype=float32, device=logits.device)
     peak, mass = summary.peak.contiguous(), summary.mass.contiguous()
-    _certainty_kernel[(parts.numel(),)](
-        logits, peak, mass, parts, *_sizes(logits, parts), TINY, chunk, num_warps=WARPS, **pdl(logits)
-    )
+    _certainty_kernel[(parts.numel(),)](logits, peak, mass, parts, *_sizes(logits, parts), TINY, chunk, num_warps=WARPS)
     return parts.sum(-1)
 
 
@@ -135,9 +130,7 @@ def confidence_of_triton(logits: Tensor, token: Tensor) -> Tensor:
     parts = _parts(logits, (), float32)
     confidence = torch.empty(token.shape, dtype=float32, device=logits.device)
     _confidence_kernel[(token.numel(),)](
-        *(logits, parts, token, confidence, *_sizes(logits, parts), _blocks(parts, logits)[1]),
-        num_warps=1,
-        **pdl(logits),
+        logits, parts, token, confidence, *_sizes(logits, parts), _blocks(parts, logits)[1], num_warps=1
     )
     return confidence
 
@@ -169,9 +162,7 @@ def best_token_triton(logits: Tensor, forbidden: tuple[int, ...]) -> Tensor:
     parts = _parts(logits, forbidden, float64 if logits.dtype == float64 else float32, sums=False)
     token = torch.empty(logits.shape[:2], dtype=torch.int64, device=logits.device)
     _best_kernel[(token.numel(),)](
-        *(logits, parts, token, *_sizes(logits, parts), forbidden, *_blocks(parts, logits)),
-        num_warps=WARPS,
-        **pdl(logits),
+        logits, parts, token, *_sizes(logits, parts), forbidden, *_blocks(parts, logits), num_warps=WARPS
     )
     return token
 
@@ -199,7 +190,7 @@ def all_finite_triton(logits: Tensor) -> Tensor:
     logits = _rows(logits)
     chunk, chunks = _chunks(logits)
     parts = torch.empty((*logits.shape[:2], chunks), dtype=torch.bool, device=logits.device)
-    _finite_kernel[(parts.numel(),)](logits, parts, *_sizes(logits, parts), chunk, num_warps=WARPS, **pdl(logits))
+    _finite_kernel[(parts.numel(),)](logits, parts, *_sizes(logits, parts), chunk, num_warps=WARPS)
     return parts.all(-1)
 
 
@@ -237,9 +228,7 @@ def _parts(logits: Tensor, forbidden: tuple[int, ...], dtype: torch.dtype, sums:
     chunk, chunks = _chunks(logits)
     parts = torch.empty((3 if sums else 1, *logits.shape[:2], chunks), dtype=dtype, device=logits.device)
     _parts_kernel[(parts[0].numel(),)](
-        *(logits, parts, parts[0].numel(), *_sizes(logits, parts), forbidden, sums, chunk),
-        num_warps=WARPS,
-        **pdl(logits),
+        logits, parts, parts[0].numel(), *_sizes(logits, parts), forbidden, sums, chunk, num_warps=WARPS
     )
     return parts
 
@@ -269,14 +258,12 @@ def _parts_kernel(
     FORBIDDEN: tl.constexpr,
     SUMS: tl.constexpr,
     CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One program per row and chunk; the mass of a chunk is taken beside its own largest allowed logit."""
     i_p = tl.program_id(0)
     i_r, i_c = i_p // chunks, i_p % chunks
     o_v = i_c * CHUNK + tl.arange(0, CHUNK)
     m_v = o_v < vocab
-    begin(PDL)
     b_x = tl.load(_row(p_x, i_r, rows, stride_b, stride_r) + o_v, mask=m_v, other=float("-inf"))
     b_x = b_x.to(p_parts.dtype.element_ty)
     b_allowed = _without(b_x, o_v, FORBIDDEN)
@@ -318,7 +305,6 @@ def _summary_kernel(
     FORBIDDEN: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One program per row."""
     i_r = tl.program_id(0)
@@ -327,7 +313,6 @@ def _summary_kernel(
     o_c = tl.arange(0, CHUNKS)
     m_c = o_c < chunks
     p_part = p_parts + i_r * chunks + o_c
-    begin(PDL)
     b_peaks = tl.load(p_part, mask=m_c, other=float("-inf"))
     b_masses = tl.load(p_part + plane, mask=m_c, other=0.0)
     b_least = tl.min(tl.load(p_part + 2 * plane, mask=m_c, other=0.0), 0)
@@ -361,12 +346,10 @@ def _best_kernel(
     FORBIDDEN: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One program per row."""
     i_r = tl.program_id(0)
     o_c = tl.arange(0, CHUNKS)
-    begin(PDL)
     b_peaks = tl.load(p_parts + i_r * chunks + o_c, mask=o_c < chunks, other=float("-inf"))
     p_row = _row(p_x, i_r, rows, stride_b, stride_r)
     _, b_token, _ = _best(p_row, b_peaks, o_c, vocab, FORBIDDEN, CHUNK)
@@ -374,15 +357,12 @@ def _best_kernel(
 
 
 @triton.jit
-def _confidence_kernel(
-    p_x, p_parts, p_token, p_out, rows, vocab, chunks, stride_b, stride_r, CHUNKS: tl.constexpr, PDL: tl.constexpr
-):
+def _confidence_kernel(p_x, p_parts, p_token, p_out, rows, vocab, chunks, stride_b, stride_r, CHUNKS: tl.constexpr):
     """One program per row."""
     i_r = tl.program_id(0)
     o_c = tl.arange(0, CHUNKS)
     m_c = o_c < chunks
     p_part = p_parts + i_r * chunks + o_c
-    begin(PDL)
     b_peaks = tl.load(p_part, mask=m_c, other=float("-inf"))
     b_masses = tl.load(p_part + tl.num_programs(0) * chunks, mask=m_c, other=0.0)
     b_peak = tl.max(b_peaks, 0)
@@ -393,37 +373,24 @@ def _confidence_kernel(
 
 @triton.jit
 def _certainty_kernel(
-    p_x,
-    p_peak,
-    p_mass,
-    p_parts,
-    rows,
-    vocab,
-    chunks,
-    stride_b,
-    stride_r,
-    TINY: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
+    p_x, p_peak, p_mass, p_parts, rows, vocab, chunks, stride_b, stride_r, TINY: tl.constexpr, CHUNK: tl.constexpr
 ):
     """One program per row and chunk."""
     i_p = tl.program_id(0)
     i_r, i_c = i_p // chunks, i_p % chunks
     o_v = i_c * CHUNK + tl.arange(0, CHUNK)
     p_row = _row(p_x, i_r, rows, stride_b, stride_r)
-    begin(PDL)
     b_x = tl.load(p_row + o_v, mask=o_v < vocab, other=float("-inf")).to(tl.float32)
     b_p = tl.exp(b_x - tl.load(p_peak + i_r)) / tl.load(p_mass + i_r)
     tl.store(p_parts + i_p, tl.sum(b_p * tl.log(b_p + TINY), 0))
 
 
 @triton.jit
-def _finite_kernel(p_x, p_parts, rows, vocab, chunks, stride_b, stride_r, CHUNK: tl.constexpr, PDL: tl.constexpr):
+def _finite_kernel(p_x, p_parts, rows, vocab, chunks, stride_b, stride_r, CHUNK: tl.constexpr):
     """One program per row and chunk."""
     i_p = tl.program_id(0)
     i_r, i_c = i_p // chunks, i_p % chunks
     o_v = i_c * CHUNK + tl.arange(0, CHUNK)
-    begin(PDL)
     b_x = tl.load(_row(p_x, i_r, rows, stride_b, stride_r) + o_v, mask=o_v < vocab, other=0.0).to(tl.float32)
     b_bad = tl.where(tl.abs(b_x) < float("inf"), 0, 1)
     tl.store(p_parts + i_p, tl.max(b_bad, 0) == 0)

@@ -17,7 +17,7 @@ cosines over those keys, or ``a.b``, ``a.a`` and ``b.b``. The second one adds th
 import torch
 from torch import Tensor
 
-from dcache.kernels.backend import begin, pdl, tl, triton, use_triton
+from dcache.kernels.backend import tl, triton, use_triton
 
 AXES = {"heads": (1,), "rows": (3,), "flat": (1, 3)}
 SMALLEST_NORM = 1e-8
@@ -56,14 +56,11 @@ def drift_triton(past: Tensor, now: Tensor, real: Tensor, visible: Tensor | None
             BLOCK_H=triton.next_power_of_2(heads),
             BLOCK=KEYS,
             num_warps=4,
-            **pdl(past),
         )
     else:
         parts = heads
         part = torch.empty(batch, n, parts, 3, dtype=torch.float32, device=past.device)
-        _rows_kernel[(heads, n, batch)](
-            past, now, real, part, heads, n, keys, BLOCK=KEYS_AT_ONCE, num_warps=4, **pdl(past)
-        )
+        _rows_kernel[(heads, n, batch)](past, now, real, part, heads, n, keys, BLOCK=KEYS_AT_ONCE, num_warps=4)
     _mean_kernel[(batch,)](
         *(part, real, visible, out, n, keys, parts, visible_step),
         OVER=over,
@@ -71,7 +68,6 @@ def drift_triton(past: Tensor, now: Tensor, real: Tensor, visible: Tensor | None
         BLOCK_P=triton.next_power_of_2(parts),
         BLOCK_N=KEYS_AT_ONCE,
         num_warps=4,
-        **pdl(past),
     )
     return out
 
@@ -95,23 +91,11 @@ def drift(past: Tensor, now: Tensor, real: Tensor, visible: Tensor | None, over:
 
 @triton.jit
 def _heads_kernel(
-    past,
-    now,
-    real,
-    visible,
-    part,
-    heads,
-    n,
-    keys,
-    visible_step,
-    BLOCK_H: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    past, now, real, visible, part, heads, n, keys, visible_step, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr
 ):
     """part[b, i, block] = sum over the visible keys j of a block of cos(past[b, :, i, j], now[b, :, i, j])."""
     i_block, i_n, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_j, o_h = i_block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_H)
-    begin(PDL)
     m_j = o_j < tl.load(real + i_b * n + i_n).to(tl.int32) * keys  # none in a padded row
     if visible is not None:
         m_j = m_j & tl.load(visible + i_b * visible_step + o_j, mask=m_j, other=0)
@@ -123,10 +107,9 @@ def _heads_kernel(
 
 
 @triton.jit
-def _rows_kernel(past, now, real, part, heads, n, keys, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _rows_kernel(past, now, real, part, heads, n, keys, BLOCK: tl.constexpr):
     """part[b, i, h] = (past . now, past . past, now . now) over the keys of one row of a head."""
     i_h, i_n, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    begin(PDL)
     last = tl.load(real + i_b * n + i_n).to(tl.int32) * keys  # a padded row has no keys
     o_row = ((i_b * heads + i_h) * n + i_n) * (keys + 1)
     b_both, b_old, b_new = (
@@ -162,12 +145,10 @@ def _mean_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """out[b] = sum of the cosines of the real rows / their number."""
     i_b = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, BLOCK_P)
-    begin(PDL)
     b_sum, b_rows = tl.zeros((BLOCK_R,), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
     for i_r in range(0, n, BLOCK_R):
         o_r = i_r + tl.arange(0, BLOCK_R)

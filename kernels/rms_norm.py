@@ -10,7 +10,7 @@ normalises ``x + delta``, rounded to the input dtype, and returns the sum too.
 import torch
 from torch import Tensor
 
-from dcache.kernels.backend import begin, pdl, tl, triton, use_triton
+from dcache.kernels.backend import tl, triton, use_triton
 from dcache.kernels.rows import check_fit, put_ref
 
 
@@ -137,7 +137,6 @@ def _launch(
         WIDTH=width,
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),  # 16 elements of a row per thread
-        **pdl(x),
     )
     return y
 
@@ -169,14 +168,12 @@ def _rms_norm_kernel(
     stride_rows_n,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     # One program normalises one row, held in registers.
     i_n, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o = tl.arange(0, BLOCK)
     m = o < WIDTH
     o_y = (i_b * tl.num_programs(0) + i_n) * WIDTH + o
-    begin(PDL)
     b_x = tl.load(x + i_b * stride_x_b + i_n * stride_x_n + o, mask=m, other=0.0)
     b_weight = tl.load(weight + o, mask=m, other=0.0).to(tl.float32)
     if delta is not None:

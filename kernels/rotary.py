@@ -14,7 +14,7 @@ q and k, and write k and v to the stores at their rows.
 import torch
 from torch import Tensor
 
-from dcache.kernels.backend import begin, pdl, tl, triton, use_triton
+from dcache.kernels.backend import tl, triton, use_triton
 from dcache.kernels.rows import put_ref
 
 TILE = 1024  # elements of heads that one program rotates: 1.83 us for 16 LLaDA rows on an H200, 2.13 with 2,048
@@ -57,7 +57,6 @@ def rotary_triton(x: Tensor, cos: Tensor, sin: Tensor, full_precision: bool) -> 
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
         num_warps=2,
         enable_fp_fusion=False,
-        **pdl(x),
     )
     return y
 
@@ -152,7 +151,6 @@ def rotary_scatter_triton(
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
         num_warps=2,
         enable_fp_fusion=False,
-        **pdl(qkv),
     )
     return q.transpose(1, 2)
 
@@ -241,14 +239,12 @@ def _rotary_kernel(
     FULL: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     i_n, i_b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     o_d = tl.arange(0, BLOCK_HALF)
     m_d = o_d < HALF
     m = (o_h < HEADS)[:, None] & m_d[None, :]
-    begin(PDL)
     b_cos = tl.load(cos + i_b * stride_cos_b + i_n * stride_cos_n + o_d * stride_cos_d, mask=m_d, other=0.0)
     b_sin = tl.load(sin + i_b * stride_sin_b + i_n * stride_sin_n + o_d * stride_sin_d, mask=m_d, other=0.0)
     p_x = x + i_b * stride_x_b + i_n * stride_x_n
@@ -294,7 +290,6 @@ def _rotary_scatter_kernel(
     FULL: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     i_n, i_b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)  # of q, k and v side by side
@@ -303,7 +298,6 @@ def _rotary_scatter_kernel(
     m = (o_h < HEADS + 2 * KV_HEADS)[:, None] & m_d[None, :]
     o_qkv = o_h[:, None] * (2 * HALF) + o_d[None, :]
     p_qkv = qkv + i_b * stride_qkv_b + i_n * stride_qkv_n + o_qkv
-    begin(PDL)
     b_x1 = tl.load(p_qkv, mask=m, other=0.0)
     b_x2 = tl.load(p_qkv + HALF, mask=m, other=0.0)
     if bias is not None:

@@ -9,7 +9,7 @@ so no mask is needed; what several of them write there is undefined and never re
 import torch
 from torch import Tensor
 
-from dcache.kernels.backend import begin, pdl, tl, triton, use_triton
+from dcache.kernels.backend import tl, triton, use_triton
 
 TILE = 2048  # elements that one program moves
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -97,10 +97,7 @@ def tally_triton(counter: Tensor, rows: Tensor, dump: int) -> None:
     batch, n = rows.shape
     block = min(triton.next_power_of_2(max(n, 1)), TILE)
     _tally_kernel[(batch,)](
-        *(counter, rows, n, dump, counter.stride(0), *rows.stride()),
-        BLOCK=block,
-        num_warps=max(block // 256, 1),
-        **pdl(rows),
+        counter, rows, n, dump, counter.stride(0), *rows.stride(), BLOCK=block, num_warps=max(block // 256, 1)
     )
 
 
@@ -139,7 +136,6 @@ def _copy(x: Tensor, rows: Tensor, y: Tensor, lanes: Tensor | None, put: bool) -
         BLOCK_ROWS=block_rows,
         BLOCK_WIDTH=block_width,
         num_warps=min(max(block_rows * block_width // 256, 1), 4),
-        **pdl(x),
     )
 
 
@@ -164,7 +160,6 @@ def _copy_kernel(
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     n_across: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
     i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -172,7 +167,6 @@ def _copy_kernel(
     o_w = (tl.program_id(0) % n_across) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     m_n = o_n < n
     m = m_n[:, None] & (o_w < WIDTH)[None, :]
-    begin(PDL)
     i_lane = i_b
     if lanes is not None:
         i_lane = tl.load(lanes + i_b)
@@ -187,11 +181,8 @@ def _copy_kernel(
 
 
 @triton.jit
-def _tally_kernel(
-    counter, rows, n, dump, stride_counter, stride_rows_b, stride_rows_n, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def _tally_kernel(counter, rows, n, dump, stride_counter, stride_rows_b, stride_rows_n, BLOCK: tl.constexpr):
     i_b = tl.program_id(0).to(tl.int64)
-    begin(PDL)
     b_count = tl.zeros((BLOCK,), dtype=tl.int64)
     for i_n in range(0, n, BLOCK):
         o_n = i_n + tl.arange(0, BLOCK)

@@ -12,7 +12,7 @@ a result is written. NaN counts as infinity, so that this holds for it too.
 import torch
 from torch import Tensor
 
-from dcache.kernels.backend import begin, pdl, tl, triton, use_triton
+from dcache.kernels.backend import tl, triton, use_triton
 
 ROWS = 16  # entries that a program places
 TILE = {"ROWS": ROWS, "COLUMNS": 256, "num_warps": 8}  # COLUMNS: entries that it compares them with at a time
@@ -44,7 +44,6 @@ def lowest_triton(score: Tensor, count: Tensor | int, bound: int) -> tuple[Tenso
         isinstance(count, int),
         _top(score),
         **TILE,
-        **pdl(score),
     )
     return index, real
 
@@ -74,8 +73,7 @@ def ascending_triton(rows: Tensor) -> tuple[Tensor, Tensor]:
     rows = _lines(rows)
     values = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     order = torch.empty(rows.shape, dtype=torch.int64, device=rows.device)
-    sizes = rows.shape[1], rows.stride(0)
-    _ascending_kernel[_grid(rows)](rows, values, order, *sizes, _top(rows), **TILE, **pdl(rows))
+    _ascending_kernel[_grid(rows)](rows, values, order, rows.shape[1], rows.stride(0), _top(rows), **TILE)
     return values, order
 
 
@@ -108,7 +106,7 @@ def rank_triton(score: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.empty(score.shape, dtype=torch.int64, device=score.device)
     strides = score.stride(0), eligible.stride(0)
     _rank_kernel[_grid(score)](
-        score, eligible, order, place, score.shape[1], *strides, _top(score), _least(score), **TILE, **pdl(score)
+        score, eligible, order, place, score.shape[1], *strides, _top(score), _least(score), **TILE
     )
     return order, place
 
@@ -139,9 +137,7 @@ def highest_triton(score: Tensor, eligible: Tensor, count: Tensor | int) -> Tens
     strides = score.stride(0), eligible.stride(0)
     ends = _top(score), _least(score)
     _highest_kernel[_grid(score)](
-        *(score, eligible, chosen, *_count(count), score.shape[1], *strides, isinstance(count, int), *ends),
-        **TILE,
-        **pdl(score),
+        score, eligible, chosen, *_count(count), score.shape[1], *strides, isinstance(count, int), *ends, **TILE
     )
     return chosen
 
@@ -181,7 +177,6 @@ def find_triton(rows: Tensor, positions: Tensor) -> Tensor:
         positions.stride(0),
         n.bit_length(),
         BLOCK,
-        **pdl(rows),
     )
     return place
 
@@ -263,12 +258,10 @@ def _lowest_kernel(
     TOP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One program per lane and ROWS entries; those among the first `bound` write themselves to their place."""
     i_b = tl.program_id(0)
     o_i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    begin(PDL)
     b_place = _places(p_score + i_b * stride_score, None, o_i, n, TOP, None, ROWS, COLUMNS)
     b_count = count if FIXED else tl.load(count + i_b * stride_count)
     m_i = (o_i < n) & (b_place < bound)
@@ -278,21 +271,12 @@ def _lowest_kernel(
 
 @triton.jit
 def _ascending_kernel(
-    p_rows,
-    p_values,
-    p_order,
-    n,
-    stride_rows,
-    TOP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
+    p_rows, p_values, p_order, n, stride_rows, TOP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """One program per lane and ROWS entries."""
     i_b = tl.program_id(0)
     o_i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     p_line = p_rows + i_b * stride_rows
-    begin(PDL)
     b_place = _places(p_line, None, o_i, n, TOP, None, ROWS, COLUMNS)
     tl.store(p_values + i_b * n + b_place, tl.load(p_line + o_i, mask=o_i < n, other=TOP), mask=o_i < n)
     tl.store(p_order + i_b * n + b_place, o_i.to(tl.int64), mask=o_i < n)
@@ -311,12 +295,10 @@ def _rank_kernel(
     LEAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One program per lane and ROWS entries."""
     i_b = tl.program_id(0)
     o_i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    begin(PDL)
     b_place = _places(p_score + i_b * stride_score, p_on + i_b * stride_on, o_i, n, TOP, LEAST, ROWS, COLUMNS)
     tl.store(p_order + i_b * n + b_place, o_i.to(tl.int64), mask=o_i < n)
     tl.store(p_place + i_b * n + o_i, b_place.to(tl.int64), mask=o_i < n)
@@ -337,12 +319,10 @@ def _highest_kernel(
     LEAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One program per lane and ROWS entries."""
     i_b = tl.program_id(0)
     o_i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    begin(PDL)
     b_place = _places(p_score + i_b * stride_score, p_on + i_b * stride_on, o_i, n, TOP, LEAST, ROWS, COLUMNS)
     b_count = count if FIXED else tl.load(count + i_b * stride_count)
     b_on = tl.load(p_on + i_b * stride_on + o_i, mask=o_i < n, other=0)
@@ -351,21 +331,11 @@ def _highest_kernel(
 
 @triton.jit
 def _find_kernel(
-    p_rows,
-    p_positions,
-    p_place,
-    n,
-    k,
-    stride_rows,
-    stride_positions,
-    STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    p_rows, p_positions, p_place, n, k, stride_rows, stride_positions, STEPS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program per lane and BLOCK positions; the first row that is not below stays in ``first <= place <= last``."""
     i_b = tl.program_id(0)
     o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    begin(PDL)
     b_position = tl.load(p_positions + i_b * stride_positions + o_k, mask=o_k < k, other=0)
     b_first = tl.zeros((BLOCK,), tl.int32)
     b_last = b_first + n

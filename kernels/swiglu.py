@@ -6,7 +6,7 @@ silu is taken in float32 and rounded to the input dtype before the product, as t
 from torch import Tensor
 from torch.nn.functional import silu
 
-from dcache.kernels.backend import begin, pdl, tl, triton, use_triton
+from dcache.kernels.backend import tl, triton, use_triton
 
 BLOCK = 1024
 
@@ -31,7 +31,6 @@ def swiglu_triton(gate_up: Tensor) -> Tensor:
         WIDTH=width,
         BLOCK=block,
         num_warps=max(block // 256, 1),  # 8 elements of each half per thread
-        **pdl(x),
     )
     return y
 
@@ -49,12 +48,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _swiglu_kernel(x, y, stride_x, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _swiglu_kernel(x, y, stride_x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     n_blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     i_row = (tl.program_id(0) // n_blocks).to(tl.int64)
     o = (tl.program_id(0) % n_blocks) * BLOCK + tl.arange(0, BLOCK)
     m = o < WIDTH
-    begin(PDL)
     p_gate = x + i_row * stride_x + o
     b_gate = tl.load(p_gate, mask=m, other=0.0).to(tl.float32)
     b_up = tl.load(p_gate + WIDTH, mask=m, other=0.0).to(tl.float32)
