@@ -27,7 +27,7 @@ except ImportError:  # no Triton for this platform
 
     triton = tl = _Missing()
 
-__all__ = ["ENABLED", "HAVE_TRITON", "begin", "pdl", "tl", "triton", "use_triton"]
+__all__ = ["CHOICES", "ENABLED", "HAVE_TRITON", "tl", "triton", "use_triton"]
 
 HAVE_TRITON = isinstance(triton.__version__, str)
 CHOICES = ("triton", "torch")
