@@ -71,7 +71,6 @@ class State:
         tokens: (batch, slots) int64.
         valid: (batch, slots) bool: the slot belongs to the sequence.
         prompt: (batch, slots) bool: the slot is prompt.
-        generated: (batch, slots) bool: the slot is to be decoded, or was.
         masked: (batch, slots) bool: still to decode. A list of its own, not ``tokens == mask_id``: rows dropped
             behind an end-of-text hold the mask and are not decoded, and a model may predict the mask id.
         known: (batch, slots) bool: prompt, or committed and not put back; rows dropped undecoded are neither masked
@@ -123,8 +122,8 @@ class State:
         self.tokens: Ints = np.full((batch, slots), spec.mask_id, dtype=np.int64)
         for b, ids_ in enumerate(prompts):
             self.tokens[b, : len(ids_)] = ids_
-        self.generated: Bools = self.valid & ~self.prompt
-        self.masked: Bools = self.generated.copy()
+        self._generated: Bools = self.valid & ~self.prompt
+        self.masked: Bools = self._generated.copy()
         self._active_in: Bools | None = None  # the mask that `_active` was read from
         self._active: Bools = np.zeros(batch, dtype=bool)
         self.known: Bools = self.prompt.copy()
@@ -230,15 +229,23 @@ class State:
         active = self.active
         self._check_update(update)
         written, tokens = update.written(self.spec.eos_id)
-        self.changed = written | update.remask
+        self.changed = written
         self.tokens = np.where(written, tokens, self.tokens)
-        self.tokens[update.remask] = self.spec.mask_id
-        self.masked = (self.masked & ~written & ~update.drop) | update.remask
-        self.known = (self.known | written) & ~update.remask
+        self.masked = self.masked & ~(written | update.drop)
+        self.known = self.known | written
+        if update.remask.any():
+            self.changed = written | update.remask
+            self.tokens[update.remask] = self.spec.mask_id
+            self.masked |= update.remask
+            self.known &= ~update.remask
         self.step = self.step + active
         self.seen = seen
         if not self._own_blocks:
-            self._enter(self._fixed_block())
+            block = self._fixed_block()
+            if block is self.block:  # no sequence has left its own
+                self.block_step = self.block_step + 1
+            else:
+                self._enter(block)
 
     def _check_update(self, update: Update) -> None:
         b = p = 0
@@ -252,18 +259,18 @@ class State:
 
         if found(update.commit & ~self.window):
             raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} was committed outside the window")
-        ids = update.tokens[update.commit]  # few: the masks below are made to say where, in an error
-        if (ids == self.spec.mask_id).any() and found(update.commit & (update.tokens == self.spec.mask_id)):
+        mask_id, n_ids = self.spec.mask_id, self.spec.vocab_size
+        wrong = [i for i in update.tokens[update.commit].tolist() if i == mask_id or not 0 <= i < n_ids]
+        if wrong and found(update.commit & (update.tokens == mask_id)):
             raise UnmaskerError(f"step {self.step[b]}, sequence {b}: the mask token was committed at position {p}")
-        unknown = (ids < 0) | (ids >= self.spec.vocab_size)
-        if unknown.any() and found(update.commit & ((update.tokens < 0) | (update.tokens >= self.spec.vocab_size))):
+        if wrong and found(update.commit & ((update.tokens < 0) | (update.tokens >= n_ids))):
             raise UnmaskerError(
                 f"step {self.step[b]}, sequence {b}: token {update.tokens[b, p]} was committed at position {p}; "
-                f"the vocabulary has {self.spec.vocab_size} ids, and -1 means that the position was not predicted"
+                f"the vocabulary has {n_ids} ids, and -1 means that the position was not predicted"
             )
-        if found(update.remask & ~self.generated):
+        if found(update.remask & ~self._generated):
             raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} is not generated, yet re-masked")
-        if update.fill is not None and found(update.fill & (~self.generated | update.remask)):
+        if update.fill is not None and found(update.fill & (~self._generated | update.remask)):
             raise UnmaskerError(
                 f"step {self.step[b]}, sequence {b}: position {p} is overwritten with end-of-text, but it is "
                 f"{'re-masked too' if update.remask[b, p] else 'not generated'}"
@@ -277,7 +284,7 @@ class State:
                 )
 
     def _fixed_block(self) -> Bools:
-        """The block of the leftmost masked row of each sequence, empty for finished ones; `block` itself if it is."""
+        """The block of the leftmost masked row of each sequence, empty for finished ones; `block` itself if it still is."""
         size = self.gen_length if self.block_length is None else self.block_length
         leftmost = self.masked.argmax(1)
         start = np.where(self.active, leftmost - (leftmost - self.gen_start) % size, -1)
@@ -292,6 +299,6 @@ class State:
         return block
 
     def _enter(self, block: Bools) -> None:
-        start = self._block_start if block is self.block else first(block, -1)
+        start = first(block, -1)
         self.block_step = np.where(start == self._block_start, self.block_step + 1, 0)
         self.block, self._block_start = block, start

@@ -41,6 +41,14 @@ P = ParamSpec("P")
 # Up to 128 rows a product costs what reading its weights does; above, tiles of 128 rows are what it is made of
 GPU_BUCKETS = (16, 32, 64, 128, 192, *range(256, 2048, 128), *range(2048, 8192, 512), *range(8192, 65537, 2048))
 
+# What is seen of a position that was not read
+UNSEEN = {
+    "tokens": (-1, np.int64),
+    "commit": (False, np.bool_),
+    "confidence": (-np.inf, np.float32),
+    "remask": (False, np.bool_),
+}
+
 
 class Executor(Protocol):
     """Runs the device work of a pass, which touches static buffers only."""
@@ -215,6 +223,8 @@ class Engine:
         self._valid = torch.from_numpy(state.valid).to(self.model.device)[:, None]
         self.checks = Checks(self.label, state, frozenset(extra), compact=capacity is not None)
         self.inputs = Inputs(state, self.buckets)
+        shape = (state.batch, state.slots + 1)
+        self._unseen = {name: np.full(shape, blank, kind) for name, (blank, kind) in UNSEEN.items()}
         self.network.on_preload(self.checks.preloaded)
         self.network.asked()
         self.policy.begin(self.network, state)
@@ -485,20 +495,19 @@ class Engine:
 
         at = (where + lanes[:, None] * (state.slots + 1)).ravel()  # of flattened tables with a dump slot
 
-        def spread(name: str, blank: object, kind: type) -> np.ndarray:
-            earlier = None if before is None else {"commit": before.taken}.get(name, getattr(before, name, None))
-            table: np.ndarray = np.full((state.batch, state.slots + 1), blank, dtype=kind)
-            if earlier is not None:  # sequences that sit the second pass out keep what the first found
-                table[:, :-1] = earlier
-                table[lanes] = blank
+        def spread(name: str) -> np.ndarray:
+            table: np.ndarray = self._unseen[name].copy()
+            if before is not None:  # sequences that sit the second pass out keep what the first found
+                table[:, :-1] = before.taken if name == "commit" else getattr(before, name)
+                table[lanes] = self._unseen[name][lanes]
             table.reshape(-1)[at] = out[name].ravel()
             return table[:, :-1]
 
         return Seen(
-            tokens=spread("tokens", -1, np.int64),
-            taken=spread("commit", False, np.bool_),
-            confidence=spread("confidence", -np.inf, np.float32),
-            remask=spread("remask", False, np.bool_),
+            tokens=spread("tokens"),
+            taken=spread("commit"),
+            confidence=spread("confidence"),
+            remask=spread("remask"),
             reports=self._reports(books, out, lanes, before),
         )
 

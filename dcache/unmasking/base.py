@@ -261,7 +261,8 @@ def ask_for(state: State, window: int | None, **flags: np.ndarray) -> Ask:
     """Ask for the masked rows of the current block, or of a window that slides over the whole generation."""
     if window is None:
         return Ask(state.masked & state.block, flags=flags)
-    return Ask(leftmost(state.masked, window), block=state.generated & state.active[:, None], flags=flags)
+    generation = state.valid & ~state.prompt & state.active[:, None]
+    return Ask(leftmost(state.masked, window), block=generation, flags=flags)
 
 
 __all__ = [
