@@ -38,8 +38,14 @@ from dcache.unmasking.base import Ask, Asked, Unmasker
 
 T = TypeVar("T")
 P = ParamSpec("P")
-# Up to 128 rows a product costs what reading its weights does; above, tiles of 128 rows are what it is made of
-GPU_BUCKETS = (16, 32, 64, 128, 192, *range(256, 2048, 128), *range(2048, 8192, 512), *range(8192, 65537, 2048))
+# Up to 128 rows, all sequences together, a product costs what reading its weights does; from there on time grows with
+# every 16 rows: on an H200 the products of LLaDA-8B take 4.5 ms for 128 rows, 4.7 for 144, 5.1 for 192, 6.4 for 256.
+GPU_BUCKETS = (
+    *range(16, 256, 16),
+    *range(256, 1024, 64),
+    *range(1024, 4096, 128),
+    *range(4096, 65537, 1024),
+)
 
 # What is seen of a position that was not read
 UNSEEN = {
