@@ -18,9 +18,9 @@ Floats: TypeAlias = NDArray[np.float32]
 def positions(mask: Bools, fill: int, width: Callable[[int], int] = int) -> Ints:
     """Turn a mask (batch, n) into ascending indices, padded with `fill` to what `width` makes of the longest list."""
     found = [row.nonzero()[0] for row in mask]
-    table = np.full((len(found), width(max(map(len, found)))), fill, dtype=np.int64)
-    for row, index in zip(table, found, strict=True):
-        row[: len(index)] = index
+    table = np.empty((len(found), width(max(map(len, found)))), dtype=np.int64)
+    for b, index in enumerate(found):
+        table[b, : len(index)], table[b, len(index) :] = index, fill
     return table
 
 

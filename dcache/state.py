@@ -284,7 +284,7 @@ class State:
                 )
 
     def _fixed_block(self) -> Bools:
-        """The block of the leftmost masked row of each sequence, empty for finished ones; `block` if that is it."""
+        """Blocks of the leftmost masked rows, none for finished sequences; `block` itself while they are the same."""
         size = self.gen_length if self.block_length is None else self.block_length
         leftmost = self.masked.argmax(1)
         start = np.where(self.active, leftmost - (leftmost - self.gen_start) % size, -1)

@@ -48,7 +48,7 @@ GPU_BUCKETS = (
 )
 
 # What is seen of a position that was not read
-UNSEEN = {
+UNSEEN: dict[str, tuple[float, type]] = {
     "tokens": (-1, np.int64),
     "commit": (False, np.bool_),
     "confidence": (-np.inf, np.float32),
@@ -229,8 +229,8 @@ class Engine:
         self._valid = torch.from_numpy(state.valid).to(self.model.device)[:, None]
         self.checks = Checks(self.label, state, frozenset(extra), compact=capacity is not None)
         self.inputs = Inputs(state, self.buckets)
-        shape = (state.batch, state.slots + 1)
-        self._unseen = {name: np.full(shape, blank, kind) for name, (blank, kind) in UNSEEN.items()}
+        shape = (state.batch, state.slots + 1)  # the last one for the dump slot
+        self._unseen: dict[str, np.ndarray] = {name: np.full(shape, *blank) for name, blank in UNSEEN.items()}
         self.network.on_preload(self.checks.preloaded)
         self.network.asked()
         self.policy.begin(self.network, state)

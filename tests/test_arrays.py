@@ -1,0 +1,48 @@
+"""Helpers on masks, against what they say, one row at a time."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from dcache.arrays import Bools, first, leftmost, nth, positions
+from dcache.density import _gaussian, certainty_density
+
+masks = st.tuples(st.integers(1, 3), st.integers(1, 12)).flatmap(lambda shape: arrays(np.bool_, shape))
+
+
+@given(mask=masks, n=st.integers(0, 13))
+def test_leftmost_keeps_the_first_entries_of_each_row(mask: Bools, n: int) -> None:
+    assert (leftmost(mask, n) == (mask & (mask.cumsum(1) <= n))).all()
+
+
+@given(mask=masks, n=st.integers(1, 13))
+def test_nth_finds_the_last_of_the_leftmost(mask: Bools, n: int) -> None:
+    expected = [row.nonzero()[0][n - 1] if row.sum() >= n else 99 for row in mask]
+    assert nth(mask, n, 99).tolist() == expected
+
+
+@given(mask=masks)
+def test_first_falls_back_to_the_number_of_its_row(mask: Bools) -> None:
+    otherwise = 100 + np.arange(len(mask))
+    found = first(mask, otherwise)
+    assert found.tolist() == [row.argmax() if row.any() else fall for row, fall in zip(mask, otherwise, strict=True)]
+
+
+@given(mask=masks, spare=st.integers(0, 3))
+def test_positions_are_ascending_and_padded_with_the_fill(mask: Bools, spare: int) -> None:
+    width = int(mask.sum(1).max()) + spare
+    found = positions(mask, mask.shape[1], lambda longest: longest + spare)
+    expected = [[*row.nonzero()[0], *[mask.shape[1]] * (width - row.sum())] for row in mask]
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize(("n", "sigma"), [(1, 10.0), (7, 0.5), (40, 10.0), (300, 3.0), (300, 10.0)])
+def test_the_density_has_the_bits_of_the_whole_convolution(n: int, sigma: float) -> None:
+    """Scores that tie must go on tying, whichever part of the convolution is computed."""
+    known = np.random.default_rng(n).random(n) < 0.4
+    kernel, side, total = _gaussian(n, sigma)
+    inside = np.convolve(known.astype(np.float64), kernel)[len(kernel) // 2 :][:n]
+    expected = (inside + side + (side[::-1] if known[-1] else 0)) / total
+    assert np.array_equal(certainty_density(known, sigma), expected)
