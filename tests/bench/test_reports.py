@@ -36,7 +36,7 @@ RESULT = PolicyResult(
     peak_bytes=18 * 2**30, store_bytes=2**30, trace_ms=[4.5, 5.5], trace_floor=[4.1, 4.1], trace_rows=[64, 66.5],
     trace_passes=[1, 2],
     split=[Split(steps=16, passes=1, wall=4.6, groups={"products": 4.0, "rest": 0.1}, host=0.2)],
-    gaps=Gaps(steps=16, second_passes=1, syncs=1.06, most_syncs=2, largest_gap_us=12.5, idle_between=0.031),
+    gaps=Gaps(steps=16, second_passes=1, syncs=1.06, most_syncs=2, largest_gap_us=12.5, idle_between=0.08, idle=0.031),
 )  # fmt: skip
 POINT = FloorPoint(rows=16, head_rows=0, ms=4.0, tflop_s=55.5, tb_s=3.6)
 REPORTS = [
