@@ -36,12 +36,17 @@ def draw(reports: Sequence[Report], path: Path) -> list[Path]:
         raise UsageError("drawing needs matplotlib: pip install 'dcache[plot]'") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     with plt.rc_context(LOOKS):
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
         _floors(axes, reports)
         _policies(axes, [r for report in reports if isinstance(report, EndToEndReport) for r in report.results])
         axes.set(xscale="log", yscale="log", xlabel="rows of a layer, all sequences", ylabel="ms per step")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.legend(frameon=False, fontsize=8)
         figure.suptitle(heading(reports[0].conditions), fontsize=7, x=0.01, ha="left", wrap=True)
         files = [path.with_name(path.name + end) for end in (".svg", ".png")]
