@@ -93,9 +93,11 @@ class BuiltIns:
         """Model families."""
         from dcache.models.dream import Dream
         from dcache.models.llada import LLaDA
+        from dcache.models.llada_v import LLaDAV
 
         register("llada", LLaDA)
         register("dream", Dream)
+        register("llada-v", LLaDAV)
 
     @hookimpl
     def register_tasks(self, register: Register) -> None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from dcache.errors import ModelError
 from dcache.models.tokenizer import Tokenizer
 from dcache.models.transformer import ModelSpec
+from dcache.models.vision import VisionSpec
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Slot:
     """Where a published tensor lands.
 
     Attributes:
-        parameter: name among `Transformer.named_parameters`.
+        parameter: name among `Transformer.named_parameters`, or `Vision.named_parameters`.
         rows: the part of its first axis; None for all of it.
     """
 
@@ -66,6 +67,23 @@ class Family(ABC):
     @abstractmethod
     def slots(self, spec: ModelSpec) -> Mapping[str, Slot]:
         """Every tensor that a checkpoint must hold, and where it lands; together they fill the transformer."""
+
+    def vision(self, config: Mapping[str, Any], spec: ModelSpec, folder: Path | None) -> VisionSpec | None:
+        """Validate and translate what a config says of images; None for a family without them.
+
+        Args:
+            config: ``config.json``.
+            spec: of the text part.
+            folder: the checkpoint's, for config files inside it; None for a published shape.
+
+        Raises:
+            ModelError: as `spec` does.
+        """
+        return None
+
+    def vision_slots(self, vision: VisionSpec) -> Mapping[str, Slot]:
+        """As `slots`, for the tensors that fill the vision part."""
+        return {}
 
     def tokenizer(self, folder: Path) -> Tokenizer | None:
         """The tokenizer in a checkpoint's folder, None if it has none."""

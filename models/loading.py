@@ -14,18 +14,24 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from dcache.errors import ModelError, UsageError
 from dcache.models.dream import Dream
 from dcache.models.family import Family, Slot
 from dcache.models.files import one_line, read_json
 from dcache.models.llada import LLaDA
+from dcache.models.llada_v import LLaDAV
 from dcache.models.tokenizer import Tokenizer
 from dcache.models.transformer import ModelSpec, Transformer
+from dcache.models.vision import Spliced, Vision, VisionSpec, image_ids, open_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 HUB_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.jinja")
 DTYPES = {
@@ -44,6 +50,7 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _RANDOM = ":random"
 _SHOWN = 8
+_VISION = "vision."  # before the names of the vision part's parameters, where they stand beside the transformer's
 
 
 @dataclass(frozen=True)
@@ -55,12 +62,14 @@ class Model:
         spec: sizes and special ids.
         transformer: the weights.
         tokenizer: None if the checkpoint has none, or the weights are random.
+        vision: what makes rows of images; None for a model of text alone.
     """
 
     name: str
     spec: ModelSpec
     transformer: Transformer
     tokenizer: Tokenizer | None = None
+    vision: Vision | None = None
 
     @property
     def device(self) -> torch.device:
@@ -79,8 +88,33 @@ class Model:
         """
         tokenizer = self._tokenizer()
         if tokenizer.has_template:
-            return tokenizer.chat([{"role": "user", "content": text}])
+            system = [] if self.vision is None else [{"role": "system", "content": self.vision.spec.system}]
+            return tokenizer.chat([*system, {"role": "user", "content": text}])
         return tokenizer.encode(text, specials=False)
+
+    def image_prompt(
+        self,
+        text: str,
+        images: "Sequence[str | PathLike[str] | Image | Tensor]",
+        *,
+        drop_first: bool = True,
+    ) -> Spliced:
+        """A prompt with images: the published conversation around one user turn, with the rows of the images in it.
+
+        Args:
+            text: as for `prompt_ids`. It may say where the images go, by one ``<image>`` for each; else they go first.
+            images: files, Pillow images, or tensors (3, height, width) of uint8.
+            drop_first: leave out the token behind each image, as the published code does; see `image_ids`.
+
+        Raises:
+            UsageError: if the model has no vision, an image cannot be read, their number does not fit the text, or the
+                prompt gets too long.
+        """
+        if self.vision is None:
+            raise UsageError(f"model {self.name!r} takes no images: it has no vision part; load a LLaDA-V")
+        messages = self.vision.messages(text, len(images))
+        ids = image_ids(self._tokenizer(), messages, drop_first=drop_first)
+        return self.vision.splice(ids, self.vision.features([open_image(image) for image in images]))
 
     def text(self, ids: Sequence[int]) -> str:
         """Text of generated ids up to the first end token."""
@@ -117,7 +151,7 @@ def load_model(
         ModelError: naming the file, field or tensor that is at fault.
         UsageError: for a device or dtype that does not exist here.
     """
-    known = {f.name: f for f in ([LLaDA(), Dream()] if families is None else families)}
+    known = {f.name: f for f in ([LLaDA(), Dream(), LLaDAV()] if families is None else families)}
     if family is not None and family not in known:
         raise ModelError(f"unknown model family {family!r}.{_did_you_mean(family, known)} Known: {', '.join(known)}")
     place = _device(device)
@@ -225,17 +259,17 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     return found
 
 
-def _check_room(name: str, skeleton: Transformer, device: torch.device) -> None:
+def _check_room(name: str, modules: Sequence[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
     """Refuse a model that does not fit on its GPU, before anything is allocated there."""
     if device.type != "cuda":
         return
-    tensors = [*skeleton.parameters(), *skeleton.buffers()]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     needed = sum(t.numel() * t.element_size() for t in tensors)
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + reusable
     if needed > free:
         raise ModelError(
-            f"model {name!r} needs {needed} bytes ({needed / 2**30:.1f} GiB) for its weights in {skeleton.dtype}, but "
+            f"model {name!r} needs {needed} bytes ({needed / 2**30:.1f} GiB) for its weights in {dtype}, but "
             f"{device} has {free} bytes ({free / 2**30:.1f} GiB) free; use another device or a smaller dtype"
         )
 
@@ -250,11 +284,46 @@ def _random(name: str, known: Mapping[str, Family], device: torch.device, dtype:
         raise ModelError(f"no published shape is called {name!r}.{hint} Known: {', '.join(shapes) or 'none'}")
     family, config = shapes[name]
     spec = family.spec(config, {}, None)
-    _check_room(name, Transformer(spec, "meta", dtype), device)
-    transformer = Transformer(spec, device, dtype)
+    looks = family.vision(config, spec, None)
+    _check_room(name, _modules(spec, looks, torch.device("meta"), dtype), device, dtype)
+    modules = _modules(spec, looks, device, dtype)
     if device.type != "meta":
-        transformer.init_random()
-    return Model(name, spec, transformer.eval().requires_grad_(False))
+        for module in modules:
+            module.init_random()
+    return _model(name, spec, modules, None)
+
+
+# The modules of a model: the transformer, and the vision part if there is one
+
+
+def _modules(
+    spec: ModelSpec, looks: VisionSpec | None, device: torch.device, dtype: torch.dtype
+) -> list[Transformer | Vision]:
+    transformer = Transformer(spec, device, dtype)
+    return [transformer] if looks is None else [transformer, Vision(looks, device, dtype)]
+
+
+def _parameters(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Every parameter, under the names that slots use."""
+    return {
+        (_VISION if isinstance(module, Vision) else "") + name: parameter
+        for module in modules
+        for name, parameter in module.named_parameters()
+    }
+
+
+def _slots(family: Family, spec: ModelSpec, looks: VisionSpec | None) -> dict[str, Slot]:
+    """Every tensor that a checkpoint must hold, and where it lands among `_parameters`."""
+    seen = {} if looks is None else family.vision_slots(looks)
+    return {**family.slots(spec), **{name: Slot(_VISION + s.parameter, s.rows) for name, s in seen.items()}}
+
+
+def _model(name: str, spec: ModelSpec, modules: Sequence[Transformer | Vision], tokenizer: Tokenizer | None) -> Model:
+    transformer, *others = (module.eval().requires_grad_(False) for module in modules)
+    vision = others[0] if others else None
+    assert isinstance(transformer, Transformer)
+    assert vision is None or isinstance(vision, Vision)
+    return Model(name, spec, transformer, tokenizer, vision)
 
 
 # A folder
@@ -280,18 +349,19 @@ def _load(
     tokenizer = family.tokenizer(folder)
     try:
         spec = family.spec(config, generation, tokenizer)
+        looks = family.vision(config, spec, folder)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from error
     if tokenizer is not None and len(tokenizer) > spec.vocab_size:
         raise ModelError(f"{folder}: the tokenizer has {len(tokenizer)} ids, the embedding {spec.vocab_size} rows")
-    slots = family.slots(spec)
-    skeleton = Transformer(spec, "meta", dtype)
-    _check_slots(family, slots, skeleton)
-    _check_tensors(folder, family, slots, skeleton, stored)
-    _check_room(name, skeleton, device)
-    transformer = Transformer(spec, device, dtype)
-    _fill(transformer, slots, stored)
-    return Model(name, spec, transformer.eval().requires_grad_(False), tokenizer)
+    slots = _slots(family, spec, looks)
+    skeleton = _modules(spec, looks, torch.device("meta"), dtype)
+    _check_slots(family, slots, _parameters(skeleton))
+    _check_tensors(folder, family, slots, _parameters(skeleton), stored)
+    _check_room(name, skeleton, device, dtype)
+    modules = _modules(spec, looks, device, dtype)
+    _fill(_parameters(modules), slots, stored)
+    return _model(name, spec, modules, tokenizer)
 
 
 def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
@@ -387,10 +457,10 @@ def _indexed(folder: Path) -> dict[str, _Stored]:
     return stored
 
 
-def _check_slots(family: Family, slots: Mapping[str, Slot], skeleton: Transformer) -> None:
+def _check_slots(family: Family, slots: Mapping[str, Slot], parameters: Mapping[str, Tensor]) -> None:
     """Believed of every adapter: its slots cover each parameter exactly once."""
-    covered: dict[str, list[range]] = {name: [] for name, _ in skeleton.named_parameters()}
-    sizes = {name: p.shape[0] for name, p in skeleton.named_parameters()}
+    covered: dict[str, list[range]] = {name: [] for name in parameters}
+    sizes = {name: p.shape[0] for name, p in parameters.items()}
     for tensor, slot in slots.items():
         if slot.parameter not in covered:
             raise ModelError(f"family {family.name!r} puts {tensor!r} into {slot.parameter!r}, which does not exist")
@@ -402,10 +472,13 @@ def _check_slots(family: Family, slots: Mapping[str, Slot], skeleton: Transforme
 
 
 def _check_tensors(
-    folder: Path, family: Family, slots: Mapping[str, Slot], skeleton: Transformer, stored: Mapping[str, _Stored]
+    folder: Path,
+    family: Family,
+    slots: Mapping[str, Slot],
+    parameters: Mapping[str, Tensor],
+    stored: Mapping[str, _Stored],
 ) -> None:
     """Name every tensor that is missing, unexpected, misshapen or of a dtype that is not a plain float."""
-    parameters = dict(skeleton.named_parameters())
     shapes = {
         name: tuple((parameters[s.parameter] if s.rows is None else parameters[s.parameter][s.rows]).shape)
         for name, s in slots.items()
@@ -430,8 +503,7 @@ def _check_tensors(
 
 
 @torch.no_grad()
-def _fill(transformer: Transformer, slots: Mapping[str, Slot], stored: Mapping[str, _Stored]) -> None:
-    parameters = dict(transformer.named_parameters())
+def _fill(parameters: Mapping[str, Tensor], slots: Mapping[str, Slot], stored: Mapping[str, _Stored]) -> None:
     for file, names in _by_file(slots, stored):
         try:
             with safe_open(file, framework="pt") as shard:

@@ -161,6 +161,21 @@ class Tokenizer:
         mark = _unused(self._template_text, *_strings(list(messages)))
         return self._pieces(self.render(self._cut(list(messages), mark)), mark)
 
+    def chat_around(self, messages: Sequence[Message], placeholder: str) -> list[list[int]]:
+        """As `chat`, in chunks: what stands before, between and behind the placeholders that the messages hold.
+
+        Args:
+            messages: as for `render`.
+            placeholder: text that is no token, for instance "<image>".
+        """
+        texts = [self._template_text, placeholder, *_strings(list(messages))]
+        for text in texts:
+            _check_unicode(text)
+        sign = _unused(*texts)
+        mark = _unused(*texts, sign)
+        signed = self._cut(_replaced(list(messages), placeholder, sign), mark)
+        return [self._pieces(chunk, mark) for chunk in self.render(signed).split(sign)]
+
     def _ids(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
@@ -243,6 +258,15 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, (list, tuple)):
         return [text for item in value for text in _strings(item)]
     return [value] if isinstance(value, str) else []
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    """`value` with `new` for `old` in every string inside nested lists and objects."""
+    if isinstance(value, Mapping):
+        return {key: _replaced(item, old, new) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replaced(item, old, new) for item in value]
+    return value.replace(old, new) if isinstance(value, str) else value
 
 
 def _unused(*texts: str) -> str:

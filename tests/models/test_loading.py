@@ -346,7 +346,7 @@ def test_an_unrecognised_checkpoint_says_what_it_declares(draft: Draft) -> None:
 def test_a_config_of_another_family_is_refused_although_its_tensors_have_known_names(draft: Draft) -> None:
     draft.config |= {"model_type": "qwen2", "architectures": None}
     expected = (
-        "config.json declares model_type 'qwen2'; known families: llada, dream. "
+        "config.json declares model_type 'qwen2'; known families: llada, dream, llada-v. "
         "Its tensors are named like those of llada: "
         "give family='llada' (--family llada) to load it all the same"
     )
