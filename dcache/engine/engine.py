@@ -215,6 +215,7 @@ class Engine:
         """Make room for a batch and forget the last one; buffers are kept while batch, slots and capacity stay."""
         self.state = state
         self.beside.join()  # a pass that failed may have left work there, and the memory that it holds
+        self._late.clear()  # and accounts of its batch
         extra, capacity = self._extra_stores(state.spec), self._capacity(state)
         self.sizes = Batch.of(state, self.model, extra, capacity, self.graphs)
         if self._shape != (state.batch, state.slots, capacity):
