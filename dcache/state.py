@@ -17,6 +17,8 @@ from dcache.errors import UnmaskerError, UsageError
 from dcache.models.transformer import ModelSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dcache.unmasking.base import Ask, Update
 
 
@@ -53,6 +55,18 @@ class Moment(NamedTuple):
     eos_id: int
 
 
+class Embeddings(NamedTuple):
+    """Prompt rows of a sequence that start from an embedding and not from a token, such as those of an image.
+
+    Attributes:
+        positions: (k,) int64, ascending.
+        values: (k, d_model), on the device of the model.
+    """
+
+    positions: Ints
+    values: Tensor
+
+
 class State:
     """The canvas of a batch and how far its decoding has come.
 
@@ -66,11 +80,14 @@ class State:
         slots: width of the canvas; the longest sequence by default.
         guided: for classifier-free guidance, double the batch: sequence ``n + b`` is text b with every prompt token
             replaced by the mask (LLaDA). The engine combines their logits, so both make the same commits.
+        embeddings: for each prompt what replaces the embeddings of its tokens at some positions, or None. The token
+            ids given there stand in for rows that have none, and are never embedded.
 
     Attributes:
         tokens: (batch, slots) int64.
         valid: (batch, slots) bool: the slot belongs to the sequence.
         prompt: (batch, slots) bool: the slot is prompt.
+        embedded: (batch, slots) bool: prompt slots that start from an embedding of their own.
         masked: (batch, slots) bool: still to decode. A list of its own, not ``tokens == mask_id``: rows dropped
             behind an end-of-text hold the mask and are not decoded, and a model may predict the mask id.
         known: (batch, slots) bool: prompt, or committed and not put back; rows dropped undecoded are neither masked
@@ -95,8 +112,10 @@ class State:
         ids: Sequence[int] | None = None,
         slots: int | None = None,
         guided: bool = False,
+        embeddings: Sequence[Embeddings | None] | None = None,
     ):
         self.guided, self.n_texts = guided, len(prompts)
+        self.embeddings = tuple(embeddings or [None] * len(prompts))
         ids = range(len(prompts)) if ids is None else ids
         if guided:
             prompts = [*prompts, *([spec.mask_id] * len(p) for p in prompts)]
@@ -122,6 +141,7 @@ class State:
         self.tokens: Ints = np.full((batch, slots), spec.mask_id, dtype=np.int64)
         for b, ids_ in enumerate(prompts):
             self.tokens[b, : len(ids_)] = ids_
+        self.embedded: Bools = self._embedded()
         self._generated: Bools = self.valid & ~self.prompt
         self.masked: Bools = self._generated.copy()
         self._active_in: Bools | None = None  # the mask that `_active` was read from
@@ -159,6 +179,27 @@ class State:
                 f"{lengths[longest] + gen[longest]} positions, but the model was built for {spec.max_positions}; "
                 "shorten the prompt or gen_length"
             )
+
+    def _embedded(self) -> Bools:
+        """Where prompts start from embeddings; the masked prompt of a guided text (LLaDA-V) does nowhere."""
+        if len(self.embeddings) != self.n_texts:
+            raise UsageError(f"{len(self.embeddings)} prompts have embeddings, or None, but there are {self.n_texts}")
+        where = np.zeros_like(self.valid)
+        for b, given in enumerate(self.embeddings):
+            if given is None:
+                continue
+            expected = (len(given.positions), self.spec.d_model)
+            if tuple(given.values.shape) != expected:
+                raise UsageError(
+                    f"prompt {b} has {expected[0]} positions with embeddings of shape {tuple(given.values.shape)}, "
+                    f"expected {expected}"
+                )
+            outside = [int(p) for p in given.positions if not 0 <= p < self.gen_start[b]]
+            if outside or len(np.unique(given.positions)) != len(given.positions):
+                told = f"position {outside[0]}" if outside else "a position twice"
+                raise UsageError(f"the embeddings of prompt {b} name {told}; it has {self.gen_start[b]} tokens")
+            where[b, given.positions] = True
+        return where
 
     @property
     def batch(self) -> int:

@@ -141,8 +141,7 @@ class D2Cache(CachePolicy):
         sums = torch.ones(rows.shape[0], at.dump + 1, device=rows.device)
         factor = torch.ones_like(sums).scatter_(1, rows, 0.5 * (rows < at.dump))  # attention and identity, half each
         for at, rows, q in reversed(self._passed):
-            half = sums.mul_(factor).gather(1, rows)
-            sums.add_(at.received(q, half), alpha=1 / q.shape[1])
+            sums.add_(at.received(q, sums.mul_(factor).gather(1, rows)), alpha=1 / q.shape[1])
         return sums[:, :-1]
 
     def _recall(self, state: State) -> None:

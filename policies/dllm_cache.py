@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from dcache.arrays import Ints
+from dcache.kernels.cosine import cosine
 from dcache.kernels.rows import take
 from dcache.kernels.select import ascending, find, lowest
 from dcache.models.transformer import ModelSpec
@@ -116,10 +116,8 @@ class DLLMCache(CachePolicy):
         at.write(where, v=v)
         if not bound:
             return due
-        now, then = (x.transpose(1, 2).flatten(2).float() for x in (v, past))  # (batch, values, kv_heads * head_dim)
-        similarity = cosine_similarity(now, then, dim=-1)
         compared = at.flags["compared"].gather(1, where)
-        score = similarity.clamp_max(UNCHANGED).masked_fill(~compared, torch.inf)  # (batch, values)
+        score = cosine(v, past).clamp_max(UNCHANGED).masked_fill(~compared, torch.inf)  # (batch, values)
         index, real = lowest(score, at.flags["count"], bound)
         chosen = where.gather(1, index).masked_fill(~real, at.dump)
         return ascending(torch.cat([due, chosen], dim=1))[0]

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, linear
+from torch.nn.functional import linear
 
 from dcache.budgets import Budget
+from dcache.kernels.cosine import cosine
 from dcache.kernels.rows import take
 from dcache.kernels.select import ascending, lowest
 from dcache.policy import CachePolicy, Plan, State
@@ -186,7 +187,7 @@ class SPACache(CachePolicy):
     @staticmethod
     def similarity(at: Layer, rows: Tensor, z: Tensor) -> Tensor:
         """Cosine of each row's proxy with that of the previous step, (batch, n) float32."""
-        return cosine_similarity(z.float(), at.stored("Z", rows).float(), dim=-1)
+        return cosine(z, at.stored("Z", rows))
 
     def _lend_border(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """The slip: a stream that begins with the first generated row lends it to the one that should predict it."""

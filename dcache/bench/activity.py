@@ -32,6 +32,7 @@ OTHER = "rest"
 OURS = {  # by file of `dcache.kernels`
     "attend": "attention",
     "attention_probs": "statistics",
+    "cosine": "statistics",
     "drift": "statistics",
     "select": "statistics",
     "confidence": "unmasking",

@@ -179,6 +179,12 @@ def drift(d: Draw) -> Call:
     return Call((past, now, real, None, d.size.variant), 2 * past.nbytes, 6 * past.numel())
 
 
+def cosine(d: Draw) -> Call:
+    """New and old values of some rows, all key/value heads together."""
+    x, y = (d.normal(d.batch, d.spec.n_kv_heads, d.n, d.spec.head_dim) for _ in range(2))
+    return Call((x, y), 2 * x.nbytes + 4 * d.batch * d.n, 6 * x.numel())
+
+
 def rms_norm(d: Draw) -> Call:
     """One norm."""
     x = d.normal(d.batch, d.n, d.spec.d_model)
@@ -340,6 +346,7 @@ OPS: dict[str, Op] = {
     "head_mean": Op("attention_probs", head_mean, (BLOCK,), (Size(128), EIGHT)),
     "products": Op("attention_probs", products, (Size(32),)),
     "drift": Op("drift", drift, (Size(16, variant="heads"),), (Size(16, variant="rows"), Size(16, variant="flat"))),
+    "cosine": Op("cosine", cosine, (MANY,)),
     "rms_norm": Op("rms_norm", rms_norm, (BLOCK, ALL)),
     "rms_norm_keep": Op("rms_norm", rms_norm_keep, (), (BLOCK, ALL)),
     "add_rms_norm": Op("rms_norm", add_rms_norm, (BLOCK, ALL), (Size(1280, batch=8),)),

@@ -169,7 +169,7 @@ class Engine:
         self.maps, self.debug, self.recording = maps, debug, 0.0
         self.beside = Aside(model.device)
         self._late: list[Callable[[], None]] = []
-        self._shape: tuple[int, int, int | None] | None = None
+        self._shape: tuple[int, int, int | None, bool] | None = None
         self._inspect = False
         with torch.inference_mode():
             policy.prepare(Weights(model))
@@ -215,12 +215,15 @@ class Engine:
         """Make room for a batch and forget the last one; buffers are kept while batch, slots and capacity stay."""
         self.state = state
         self.beside.join()  # a pass that failed may have left work there, and the memory that it holds
+        self._late.clear()  # and accounts of its batch
         extra, capacity = self._extra_stores(state.spec), self._capacity(state)
         self.sizes = Batch.of(state, self.model, extra, capacity, self.graphs)
-        if self._shape != (state.batch, state.slots, capacity):
-            self._allocate(state.batch, state.slots, extra, capacity)
+        shape = (state.batch, state.slots, capacity, bool(state.embedded.any()))
+        if self._shape != shape:
+            self._allocate(shape, extra)
         else:
             self.stores.clear(self.debug)
+        self._place_embeddings(state)
         if state.guided != (self.unmasker.sampling.guidance > 0):
             raise UsageError(
                 f"the unmasker's guidance is {self.unmasker.sampling.guidance}, but the canvas was made with "
@@ -229,8 +232,8 @@ class Engine:
         self._valid = torch.from_numpy(state.valid).to(self.model.device)[:, None]
         self.checks = Checks(self.label, state, frozenset(extra), compact=capacity is not None)
         self.inputs = Inputs(state, self.buckets)
-        shape = (state.batch, state.slots + 1)  # the last one for the dump slot
-        self._unseen: dict[str, np.ndarray] = {name: np.full(shape, *blank) for name, blank in UNSEEN.items()}
+        table = (state.batch, state.slots + 1)  # the last one for the dump slot
+        self._unseen: dict[str, np.ndarray] = {name: np.full(table, *blank) for name, blank in UNSEEN.items()}
         self.network.on_preload(self.checks.preloaded)
         self.network.asked()
         self.policy.begin(self.network, state)
@@ -263,11 +266,22 @@ class Engine:
             capacity = -(-capacity // ALIGN_SLOTS) * ALIGN_SLOTS
         return capacity if capacity < state.slots else None
 
-    def _allocate(self, batch: int, slots: int, extra: dict[str, int], capacity: int | None) -> None:
+    def _place_embeddings(self, state: State) -> None:
+        """Put what prompts start from, where that is no token, into its place."""
+        if self.embeddings is None:
+            return
+        self.embeddings.zero_()
+        self.embedded.copy_(torch.from_numpy(wider(state.embedded)))
+        for b, given in enumerate(state.embeddings):
+            if given is not None:
+                self.embeddings[b, torch.from_numpy(given.positions)] = given.values.to(self.embeddings)
+
+    def _allocate(self, shape: tuple[int, int, int | None, bool], extra: dict[str, int]) -> None:
         model, device = self.model, self.model.device
+        batch, slots, capacity, embedded = shape
         self._shape = None
         self.executor.forget()  # whatever it holds was recorded on the buffers that are replaced here
-        for name in ("stores", "boards", "layers", "network", "top", "have", "_prepared"):
+        for name in ("stores", "boards", "layers", "network", "top", "have", "embeddings", "embedded", "_prepared"):
             vars(self).pop(name, None)  # what is replaced need not fit beside what replaces it
         self.stores = Stores(model, batch, slots, extra, self.debug, capacity)
         self.boards = Boards(model.spec.n_layers, batch, slots, device, self.maps)
@@ -276,8 +290,10 @@ class Engine:
         self.network = Network(model, self.layers, batch, slots)
         self.top = torch.zeros(batch, slots + 1, model.spec.d_model, device=device, dtype=model.dtype)
         self.have = torch.zeros(batch, slots + 1, device=device, dtype=torch.bool)
+        self.embeddings = torch.zeros_like(self.top) if embedded else None
+        self.embedded = torch.zeros_like(self.have)
         self._prepared: dict[Hashable, Prepared] = {}
-        self._shape = (batch, slots, capacity)
+        self._shape = shape
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -372,7 +388,7 @@ class Engine:
         if not second:
             self.have.zero_()
         self.boards.clear()
-        rows, h = current.rows, self.model.embed(side["tokens"].gather(1, current.rows))
+        rows, h = current.rows, self._inputs(current, side["tokens"])
         for layer in self.layers[current.first :]:
             if current.start is None:
                 layer.enter(current, current.rows, current.live)
@@ -387,6 +403,15 @@ class Engine:
         here = torch.ones_like(rows, dtype=torch.bool)  # a Python True would be copied from the host
         self.have.index_put_((current.lanes[:, None], rows), here)
         return self._read(prepared)
+
+    def _inputs(self, current: Pass, tokens: Tensor) -> Tensor:
+        """What the rows of a pass start from: their tokens' embeddings, or those that their prompts gave."""
+        h = self.model.embed(tokens.gather(1, current.rows))
+        if self.embeddings is None:
+            return h
+        lanes = None if current.whole else current.lanes
+        own = self.embedded[current.lanes[:, None], current.rows]
+        return torch.where(own[..., None], take(self.embeddings, current.rows, lanes), h)
 
     def _layer(self, layer: Layer, rows: Tensor, h: Tensor) -> object:
         """The policy's layer; what it raises by mistake is reported as the policy's."""

@@ -98,6 +98,23 @@ def test_steps_are_recorded_in_order_and_all_of_them_by_the_end() -> None:
     assert all(step.row_layers.any() for step in trace)
 
 
+def test_what_a_failed_decode_put_off_is_not_done_in_the_next_one() -> None:
+    class Fails(CachePolicy):
+        fails = True
+
+        def plan(self, state: State) -> Plan:
+            if self.fails and state.step.max() == 2:
+                raise RuntimeError("in the middle")
+            return Plan.all(state)
+
+    engine = engine_of(Fails())
+    with pytest.raises(RuntimeError, match="in the middle"):
+        decode(engine, start())
+    engine.policy.fails = False  # type: ignore[attr-defined]
+    shorter = State(MODEL.spec, [[7]], [4])  # a batch of another shape
+    assert [int(step.row_layers.sum()) for step in decode(engine, shorter)] == [5 * MODEL.spec.n_layers] * 4
+
+
 # -- work beside the main line ----------------------------------------------------------------------------------------
 
 

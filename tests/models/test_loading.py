@@ -328,7 +328,7 @@ def test_a_model_that_does_not_fit_the_gpu_is_refused_with_both_sizes(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
-    tables = 2 * 4096 * 64 * 4  # cos and sin in float32
+    tables = 2 * 4097 * 64 * 4  # cos and sin in float32, the slot behind the canvas included
     refused("llada-8b:random", f"{16031162368 + tables} bytes (14.9 GiB)", "120 bytes", "bfloat16", device="cuda")
     refused(draft.save(), draft.folder.name, "120 bytes", device="cuda")
 

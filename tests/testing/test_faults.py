@@ -709,16 +709,12 @@ class Broken:
     wrong: Callable[[Any], Any]
 
 
-def twice_rotated(project: Any) -> Any:
-    def wrong(at: Layer, rows: Tensor, h: Tensor) -> Any:
-        q, k, v = project(at, rows, h)
-        return at.rope(q, rows), at.rope(k, rows), v
-
-    return wrong
+def twice_rotated(rotary_scatter: Any) -> Any:
+    return lambda *given: rotary_scatter(*given[:-1], 2 * given[-1])
 
 
-def of_another_sequence(put: Any) -> Any:
-    return lambda x, rows, y, *lanes: put(x, rows, y.roll(1, 0), *lanes)
+def of_another_sequence(rotary_scatter: Any) -> Any:
+    return lambda qkv, *given: rotary_scatter(qkv.roll(1, 0), *given)
 
 
 def for_everyone(arrays: Any) -> Any:
@@ -760,9 +756,9 @@ def of_the_next(visible: Any) -> Any:
 BROKEN = [
     Broken("finished sequences run on", "a_finished_sequence_costs_nothing", Inputs, "arrays", for_everyone),
     Broken("a token is rewritten", "a_committed_row_never_changes", State, "apply", rewriting),
-    Broken("keys rotated twice", PLAIN, Layer, "project", twice_rotated),
+    Broken("keys rotated twice", PLAIN, engine_layer, "rotary_scatter", twice_rotated),
     Broken("rows counted twice", BOOKS, Layer, "_count", lambda count: lambda at, *a: (count(at, *a), count(at, *a))),
-    Broken("rows of another sequence", FRESH, engine_layer, "put", of_another_sequence),
+    Broken("rows of another sequence", FRESH, engine_layer, "rotary_scatter", of_another_sequence),
     Broken("a logit shift forgotten", RUNS, State, "rows_for", lambda rows_for: lambda state, rows: rows & state.valid),
     Broken("keys that another sequence sees", VISIBLE, Layer, "visible", of_the_next),
     Broken("attention to slots that do not exist", BATCH, Layer, "visible", lambda visible: None),
