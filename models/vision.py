@@ -127,28 +127,25 @@ def open_image(source: "str | PathLike[str] | Image | Tensor") -> "Image":
     """
     pil = _pillow()
     if isinstance(source, Tensor):
-        if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] != 3 or not source.numel():
-            raise UsageError(
-                f"an image tensor has shape {tuple(source.shape)} and dtype {source.dtype}; "
-                "expected (3, height, width) of torch.uint8"
-            )
-        return _typed(pil.fromarray(source.permute(1, 2, 0).cpu().contiguous().numpy()))
-    name = "the image" if isinstance(source, pil.Image) else f"image {str(source)!r}"
+        return _of_tensor(source)
+    if not isinstance(source, (str, PathLike, pil.Image)):
+        raise UsageError(f"an image is a {type(source).__name__}; expected a file, a Pillow image or a torch tensor")
+    name = f"image {str(source)!r}" if isinstance(source, (str, PathLike)) else "the image"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # for instance on transparency, which the conversion drops
             warnings.simplefilter("error", pil.DecompressionBombWarning)
-            if isinstance(source, pil.Image):
-                image = source.convert("RGB")
-            else:
+            if isinstance(source, (str, PathLike)):
                 with pil.open(Path(source)) as file:
                     image = file.convert("RGB")
+            else:
+                image = source.convert("RGB")
     except FileNotFoundError as error:
         raise UsageError(f"{name} does not exist") from error
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise UsageError(
-            f"{name} is too large to be decoded safely: {one_line(error)}. Scale it down, or raise "
-            "PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+            f"{name} is too large to be decoded safely (PIL.Image.MAX_IMAGE_PIXELS is {pil.MAX_IMAGE_PIXELS}): "
+            f"{one_line(error)} Scale it down, or raise that limit if you trust it"
         ) from error
     except importlib.import_module("PIL").UnidentifiedImageError as error:
         raise UsageError(f"{name} is not an image in a format that Pillow reads") from error
@@ -158,6 +155,15 @@ def open_image(source: "str | PathLike[str] | Image | Tensor") -> "Image":
     if not image.width or not image.height:
         raise UsageError(f"{name} is empty: {image.width} x {image.height} pixels")
     return _typed(image)
+
+
+def _of_tensor(source: Tensor) -> "Image":
+    if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] != 3 or not source.numel():
+        raise UsageError(
+            f"an image tensor has shape {tuple(source.shape)} and dtype {source.dtype}; "
+            "expected (3, height, width) of torch.uint8"
+        )
+    return _typed(_pillow().fromarray(source.permute(1, 2, 0).cpu().contiguous().numpy()))
 
 
 def _typed(image: Any) -> "Image":
@@ -291,7 +297,7 @@ class Vision(nn.Module):
         if tiles.grid is None:
             return torch.cat([rows[0], self.newline[None]])
         (across, down), side = tiles.grid, self.spec.side
-        lines = rows[1:].unflatten(1, (side, side)).unflatten(0, (down, across))  # (down, across, side, side, d_model)
+        lines = rows[1:].reshape(down, across, side, side, -1)
         plane = lines.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)  # (d_model, down * side, across * side)
         plane = self._shrunk(_uncovered(plane, tiles.size))
         newlines = self.newline[:, None, None].expand(-1, plane.shape[1], 1)
@@ -338,8 +344,8 @@ class Vision(nn.Module):
         edge = self.spec.image_size
         canvas = best_canvas(image.size, self.spec.canvases)
         across, down = canvas[0] // edge, canvas[1] // edge
-        plane = _pixels(_fitted(image, canvas)).unflatten(2, (across, edge)).unflatten(1, (down, edge))
-        cut = plane.permute(1, 3, 0, 2, 4).flatten(0, 1)  # (3, down, edge, across, edge) -> (tiles, 3, edge, edge)
+        plane = _pixels(_fitted(image, canvas)).reshape(3, down, edge, across, edge)
+        cut = plane.permute(1, 3, 0, 2, 4).flatten(0, 1)  # (tiles, 3, edge, edge), line by line
         squeezed = _pixels(image.resize((edge, edge)))
         return Tiles(torch.cat([squeezed[None], cut]), image.size, (across, down))
 

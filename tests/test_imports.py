@@ -238,7 +238,7 @@ def test_nothing_in_the_package_executes_what_it_reads():
 
 
 def test_importing_dcache_leaves_heavy_packages_alone():
-    heavy = ["transformers", "pandas", "matplotlib"]
+    heavy = ["transformers", "PIL", "pandas", "matplotlib"]
     code = f"import sys, dcache; print([name for name in {heavy} if name in sys.modules])"
     home = Path(dcache.__file__).parents[1]  # site-packages, or the checkout when dcache is not installed
     run = subprocess.run(
