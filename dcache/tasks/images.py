@@ -71,5 +71,5 @@ def _open(path: Path, where: str, pixels: bool) -> Any:
         ) from None
     except image.UnidentifiedImageError:
         raise UsageError(f"{where}: image {path}: not an image in a format that Pillow knows") from None
-    except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, ValueError, struct.error and more
+    except Exception as error:  # on damaged files decoders raise OSError, SyntaxError, struct.error and more
         raise UsageError(f"{where}: image {path}: cannot be read: {error}") from error

@@ -1,7 +1,7 @@
 """Your own prompts: JSON lines such as ``{"prompt": "2 + 3 = ?", "answer": "5", "id": "a"}``, the last two optional.
 
-A prompt may show images: ``{"prompt": "<image>\\nWhat is this?", "images": ["a.png"]}`` has one ``<image>`` for each path,
-and a path is relative to the file.
+A prompt may show images: ``{"prompt": "<image>\\nWhat is this?", "images": ["a.png"]}`` has one ``<image>`` for each
+path, and a path is relative to the file.
 """
 
 import json

@@ -168,7 +168,7 @@ def _mask(thing: Thing, rng: Random) -> npt.NDArray[np.bool_]:
 
 
 def draw(cells: Cells, rng: Random) -> Any:
-    """Draw a scene: an RGB Pillow image; `rng` chooses the size of each thing and its place around the cell's middle."""
+    """Draw an RGB Pillow image; `rng` chooses the size of each thing, and its place near the middle of its cell."""
     pixels = np.full((SIDE * CELL, SIDE * CELL, 3), WHITE, np.uint8)
     pixels[CELL::CELL] = pixels[:, CELL::CELL] = GREY
     for cell, thing in enumerate(cells):
@@ -209,7 +209,9 @@ class Scenes(Task):
 
     def score(self, problem: Problem, text: str) -> bool | None:
         """Compare what follows the first ``####`` of the text with the reference, as a number or as words."""
-        if problem.answer is None or problem.answer.isdecimal():
-            return None if problem.answer is None else says_number(text, int(problem.answer))
+        if problem.answer is None:
+            return None
+        if problem.answer.isdecimal():
+            return says_number(text, int(problem.answer))
         found = WORDS.search(text)
         return found is not None and found[1].rstrip(" .").lower() == problem.answer
