@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -143,7 +144,8 @@ class Layer:
         self._live: Tensor | None = None
         self.q: Tensor | None = None
         self.q_rows: Tensor | None = None
-        self._lse: tuple[Tensor, Tensor] | None = None  # queries, and the logarithm of their softmax's denominator
+        # Queries, as long as somebody keeps them, and the logarithm of their softmax's denominator
+        self._lse: tuple[ref[Tensor], Tensor] | None = None
 
     def enter(self, current: Pass, rows: Tensor, live: Tensor) -> None:
         """Engine only: the pass this layer takes part in, the rows of its plan here, and the live sequences."""
@@ -152,7 +154,7 @@ class Layer:
     def leave(self, rows: Tensor, h: Tensor) -> None:
         """Engine only: the layer has run on `rows` and `h`; what runs beside it may still read them, and `q`."""
         self._beside.hold(rows, h, self.q, self._lse)
-        self.q = self.q_rows = self._lse = None
+        self.q = self.q_rows = None
 
     @property
     def compact(self) -> bool:
@@ -292,7 +294,7 @@ class Layer:
         if q.shape[0] * q.shape[2] > FEW_ROWS:
             return attend(*given).transpose(1, 2).flatten(2)
         o, lse = attend_lse(*given)
-        self._lse, self._boards.found[self.index] = (q, lse), (rows, lse)
+        self._lse, self._boards.found[self.index] = (ref(q), lse), (rows, lse)
         return o.transpose(1, 2).flatten(2)
 
     def finish(self, h: Tensor, o: Tensor) -> Tensor:
@@ -483,11 +485,11 @@ class Layer:
 
     def _lse_of(self, q: Tensor) -> Tensor | None:
         """What the attention of these very queries found in this layer, if anything did."""
-        return self._lse[1] if self._lse is not None and self._lse[0] is q else None
+        return self._lse[1] if self._lse is not None and self._lse[0]() is q else None
 
     def _forget(self) -> None:
         """What attention found holds no longer."""
-        self._beside.hold(self._lse)
+        self._beside.hold(self.q, self._lse)
         self._lse = None
         self._boards.found.pop(self.index, None)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dcache.decode import decode
 from dcache.engine import Engine, across
+from dcache.engine import layer as layer_module
 from dcache.engine.layer import Layer
 from dcache.errors import PolicyError
 from dcache.kernels.attend import attend_lse_ref
@@ -210,3 +211,38 @@ def test_a_report_of_all_layers_has_one_shape_per_name() -> None:
 
     with pytest.raises(PolicyError, match="a report has one shape per name"):
         go(Changing())
+
+
+def test_what_attention_found_serves_later_layers_while_the_queries_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rollout in the last layer asks every layer about its own queries."""
+    known: list[bool] = []
+    inner = layer_module.received
+
+    def noting(q: Tensor, k: Tensor, weight: Tensor, *more: Any) -> Tensor:
+        known.append(more[-1] is not None)
+        return inner(q, k, weight, *more)
+
+    monkeypatch.setattr(layer_module, "received", noting)
+
+    class Rolls(CachePolicy):
+        keeps = True
+
+        def plan(self, state: State) -> Plan:
+            return Plan.all(state)
+
+        def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            rows, h = at.compute(rows, h)
+            self.passed = [*(self.passed if at.index else ()), (at, at.q if self.keeps else at.q.clone())]
+            if at.last:
+                for layer, q in self.passed:
+                    layer.received(q, rows < at.dump)
+            return rows, h
+
+    policy = Rolls()
+    go(policy)
+    assert known
+    assert all(known)
+    known.clear()
+    policy.keeps = False  # other tensors, if with the same numbers
+    go(policy)
+    assert not any(known)
