@@ -20,9 +20,9 @@ from dcache.calls import policy_calls
 from dcache.compare import Comparison, Experiment, Run
 from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, VerifySettings
 from dcache.errors import DCacheError, UsageError
-from dcache.generate import Output, Runner, prompt_ids, settings_from
+from dcache.generate import Output, Runner, problem_ids, settings_from
 from dcache.plugins import load_model, make_policy
-from dcache.tasks.base import Task
+from dcache.tasks.base import Problem, Task
 from dcache.tasks.prompts import Prompts
 from dcache.text import printable
 from dcache.trace import Step
@@ -252,12 +252,12 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise UsageError("give a prompt or --prompts FILE, and not both")
     make_policy(policy)
-    texts = {"prompt": _prompt(prompt)} if prompt is not None else {}
+    problems = [Problem("prompt", _prompt(prompt))] if prompt is not None else []
     if prompts is not None:
-        texts = {problem.id: problem.prompt for problem in Prompts(prompts).problems("", None, 0)}
+        problems = Prompts(prompts).problems("", None, 0)
     runner = Runner(load_model(model, device=device, dtype=dtype, family=family), policy, settings)
-    ids = [prompt_ids(runner.model, text) for text in texts.values()]
-    names = list(texts)
+    ids = [problem_ids(runner.model, problem) for problem in problems]
+    names = [problem.id for problem in problems]
     for begin in range(0, len(ids), settings.batch_size):
         batch = range(begin, min(begin + settings.batch_size, len(ids)))
         for i, output in zip(batch, runner.run([ids[i] for i in batch], ids=batch), strict=True):

@@ -19,6 +19,7 @@ from dcache.models.loading import Model
 from dcache.plugins import explain, make_policy, make_unmasker
 from dcache.policy import CachePolicy
 from dcache.state import State
+from dcache.tasks.base import Problem
 from dcache.trace import Trace
 from dcache.unmasking.base import Unmasker
 
@@ -175,6 +176,15 @@ def prompt_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
     if outside:
         raise UsageError(f"a prompt holds {outside[0]!r}, which is no token id; ids run to {model.spec.vocab_size - 1}")
     return [int(i) for i in ids]
+
+
+def problem_ids(model: Model, problem: Problem) -> list[int]:
+    """Token ids of the prompt of a problem; images are refused, since no model family takes any yet."""
+    if len(problem.images):
+        raise UsageError(
+            f"problem {problem.id!r} has images, and model {model.name} takes text alone; choose another task or file"
+        )
+    return prompt_ids(model, problem.prompt)
 
 
 @overload

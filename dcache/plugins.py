@@ -103,8 +103,10 @@ class BuiltIns:
     def register_tasks(self, register: Register) -> None:
         """Tasks."""
         from dcache.tasks.gsm_mini import GsmMini
+        from dcache.tasks.scenes import Scenes
 
         register("gsm-mini", GsmMini)
+        register("scenes", Scenes)
 
 
 @dataclass(frozen=True)

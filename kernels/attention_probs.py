@@ -64,10 +64,10 @@ def probs_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None
     return pad(torch.softmax(score, -1), (0, 1))
 
 
-def probs_triton(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None) -> Tensor:
+def probs_triton(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None, lse: Tensor | None) -> Tensor:
     """Launch the kernels of `probs`."""
     common, (batch, heads, n, slots) = _common(q, k, visible, lanes)
-    lse, splits = _row_lse(q, k, common)
+    lse, splits = _row_lse(q, k, common) if lse is None else (lse.contiguous(), 1)
     out = torch.empty(batch, heads, n, slots + 1, dtype=torch.float32, device=q.device)
     packed = heads // k.shape[1] * n
     tile = _tile("probs", packed, q)
@@ -76,7 +76,9 @@ def probs_triton(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | N
     return out
 
 
-def probs(q: Tensor, k: Tensor, visible: Tensor | None = None, lanes: Tensor | None = None) -> Tensor:
+def probs(
+    q: Tensor, k: Tensor, visible: Tensor | None = None, lanes: Tensor | None = None, lse: Tensor | None = None
+) -> Tensor:
     """Attention probabilities of rows over stored keys.
 
     Args:
@@ -84,11 +86,13 @@ def probs(q: Tensor, k: Tensor, visible: Tensor | None = None, lanes: Tensor | N
         k: (sequences, kv_heads, slots, head_dim), dtype of `q`.
         visible: (batch, 1 or kv_heads, slots) bool, or None when every key is visible.
         lanes: (batch,) int64, the sequence of `k` that each lane reads; None when they are all of them, in order.
+        lse: (batch, heads, rows) float32 log-sum-exp of the scaled scores over the visible keys, if the caller knows it
+            from `attend_lse`: saves a pass over the keys. The twin, which has the scores anyway, ignores it.
 
     Returns:
         (batch, heads, rows, slots + 1) float32.
     """
-    return probs_triton(q, k, visible, lanes) if use_triton(q) else probs_ref(q, k, visible, lanes)
+    return probs_triton(q, k, visible, lanes, lse) if use_triton(q) else probs_ref(q, k, visible, lanes)
 
 
 def received_ref(q: Tensor, k: Tensor, weight: Tensor, visible: Tensor | None, lanes: Tensor | None = None) -> Tensor:
@@ -145,8 +149,7 @@ def received(
         weight: (batch, rows) bool or float; 0 for padded rows, which then add nothing, whatever they hold.
         visible: (batch, 1 or kv_heads, slots) bool, or None when every key is visible.
         lanes: as for `probs`.
-        lse: (batch, heads, rows) float32 log-sum-exp of the scaled scores over the visible keys, if the caller knows it
-            from `attend_lse`: saves a pass over the keys. The twin, which has the scores anyway, ignores it.
+        lse: as for `probs`.
 
     Returns:
         (batch, slots + 1) float32.
@@ -178,7 +181,7 @@ def head_mean(
         k: (sequences, kv_heads, slots, head_dim), dtype of `q`.
         visible: (batch, 1 or kv_heads, slots) bool, or None when every key is visible.
         lanes: as for `probs`.
-        lse: as for `received`.
+        lse: as for `probs`.
 
     Returns:
         (batch, rows, slots + 1) float32.

@@ -11,7 +11,8 @@ real row the mean is 0/0 = NaN, which compares as "not below" any threshold, as 
 is that of the dump slot and does not count.
 
 The kernels: the first one takes a real row, and some keys (``heads``) or a head (the others), to a part: the sum of the
-cosines over those keys, or ``a.b``, ``a.a`` and ``b.b``. The second one adds the parts of a lane in a fixed order.
+cosines over those keys, or ``a.b``, ``a.a`` and ``b.b``. The second one adds the parts of a lane in a fixed order. Over
+heads each thread has one key, whose heads it loads all at once and adds by itself.
 """
 
 import torch
@@ -22,7 +23,7 @@ from dcache.kernels.backend import tl, triton, use_triton
 AXES = {"heads": (1,), "rows": (3,), "flat": (1, 3)}
 SMALLEST_NORM = 1e-8
 SMALLEST = tl.constexpr(SMALLEST_NORM)
-KEYS = 64  # of one program of "heads"
+KEYS = 128  # of one program of "heads": one for each of its threads
 KEYS_AT_ONCE = 1024  # in the other variants
 ROWS_AT_ONCE = 16  # in the sum of the parts
 
@@ -55,7 +56,7 @@ def drift_triton(past: Tensor, now: Tensor, real: Tensor, visible: Tensor | None
             *(past, now, real, visible, part, heads, n, keys, visible_step),
             BLOCK_H=triton.next_power_of_2(heads),
             BLOCK=KEYS,
-            num_warps=4,
+            num_warps=KEYS // 32,
         )
     else:
         parts = heads
@@ -93,17 +94,22 @@ def drift(past: Tensor, now: Tensor, real: Tensor, visible: Tensor | None, over:
 def _heads_kernel(
     past, now, real, visible, part, heads, n, keys, visible_step, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """part[b, i, block] = sum over the visible keys j of a block of cos(past[b, :, i, j], now[b, :, i, j])."""
+    """part[b, i, block] = sum over the visible keys j of a block of cos(past[b, :, i, j], now[b, :, i, j]).
+
+    Of a padded row there is no part: nothing is read, and nothing written.
+    """
     i_block, i_n, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_j, o_h = i_block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_H)
-    m_j = o_j < tl.load(real + i_b * n + i_n).to(tl.int32) * keys  # none in a padded row
-    if visible is not None:
-        m_j = m_j & tl.load(visible + i_b * visible_step + o_j, mask=m_j, other=0)
-    o = (i_b * heads * n + i_n) * (keys + 1) + o_h[:, None] * n * (keys + 1) + o_j[None, :]
-    m = (o_h < heads)[:, None] & m_j[None, :]
-    b_past, b_now = tl.load(past + o, mask=m, other=0.0), tl.load(now + o, mask=m, other=0.0)
-    b_both, b_old, b_new = tl.sum(b_past * b_now, 0), tl.sum(b_past * b_past, 0), tl.sum(b_now * b_now, 0)
-    tl.store(part + (i_b * n + i_n) * tl.num_programs(0) + i_block, tl.sum(_cosine(b_both, b_old, b_new), 0))
+    if tl.load(real + i_b * n + i_n):
+        o_j, o_h = i_block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_H)
+        m_j = o_j < keys
+        if visible is not None:
+            m_j = m_j & tl.load(visible + i_b * visible_step + o_j, mask=m_j, other=0)
+        o = o_h[:, None] * n * (keys + 1) + o_j[None, :]  # within a lane: 2**31 would be 8 GiB
+        m = (o_h < heads)[:, None] & m_j[None, :]
+        o_row = (i_b * heads * n + i_n) * (keys + 1)
+        b_past, b_now = tl.load(past + o_row + o, mask=m, other=0.0), tl.load(now + o_row + o, mask=m, other=0.0)
+        b_both, b_old, b_new = tl.sum(b_past * b_now, 0), tl.sum(b_past * b_past, 0), tl.sum(b_now * b_now, 0)
+        tl.store(part + (i_b * n + i_n) * tl.num_programs(0) + i_block, tl.sum(_cosine(b_both, b_old, b_new), 0))
 
 
 @triton.jit

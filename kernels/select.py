@@ -6,7 +6,8 @@ entries first, from the highest score down. ``find(rows, positions)`` is a binar
 
 The kernels do not sort. The place of an entry is a count, ``place[i] = #{j: x[j] < x[i], or x[j] = x[i] and j < i}``,
 which needs one launch, any number of programs and no exchange between them; places are a permutation, so every entry of
-a result is written. NaN counts as infinity, so that this holds for it too.
+a result is written. NaN counts as infinity, so that this holds for it too. Where `lowest` is asked for a few entries,
+one program holds a lane and takes out the least ``(x[i], i)`` as often as that.
 """
 
 import torch
@@ -18,6 +19,9 @@ ROWS = 16  # entries that a program places
 TILE = {"ROWS": ROWS, "COLUMNS": 256, "num_warps": 8}  # COLUMNS: entries that it compares them with at a time
 BLOCK = 128  # positions that a program looks up
 MOST = 2**28  # comparisons; a sort needs fewer from here on
+FEW = 8  # entries that are taken out one by one
+WIDEST = 2**14  # entries that the registers of one program hold
+LAST = tl.constexpr(2**63 - 1)  # above every pair of a score and an index
 
 
 def lowest_ref(score: Tensor, count: Tensor | int, bound: int) -> tuple[Tensor, Tensor]:
@@ -33,18 +37,12 @@ def lowest_triton(score: Tensor, count: Tensor | int, bound: int) -> tuple[Tenso
     (batch, n), score = score.shape, _lines(score)
     index = torch.empty((batch, min(bound, n)), dtype=torch.int64, device=score.device)
     real = torch.empty(index.shape, dtype=torch.bool, device=score.device)
-    _lowest_kernel[_grid(score)](
-        score,
-        index,
-        real,
-        *_count(count),
-        n,
-        index.shape[1],
-        score.stride(0),
-        isinstance(count, int),
-        _top(score),
-        **TILE,
-    )
+    given = score, index, real, *_count(count), n, index.shape[1], score.stride(0), isinstance(count, int)
+    if _few(score, bound):
+        block = max(int(triton.next_power_of_2(n)), 128)
+        _few_kernel[(batch,)](*given, block, num_warps=min(max(block // 256, 4), 16))
+    else:
+        _lowest_kernel[_grid(score)](*given, _top(score), **TILE)
     return index, real
 
 
@@ -59,7 +57,8 @@ def lowest(score: Tensor, count: Tensor | int, bound: int) -> tuple[Tensor, Tens
     Returns:
         index (batch, bound) int64 in order of score, and real (batch, bound) bool.
     """
-    return lowest_triton(score, count, bound) if _counts(score) else lowest_ref(score, count, bound)
+    on_gpu = _counts(score) or (use_triton(score) and _few(score, bound))
+    return lowest_triton(score, count, bound) if on_gpu else lowest_ref(score, count, bound)
 
 
 def ascending_ref(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,6 +198,11 @@ def _counts(x: Tensor) -> bool:
     return use_triton(x) and x.numel() * x.shape[-1] <= MOST
 
 
+def _few(score: Tensor, bound: int) -> bool:
+    """Whether the lowest are taken out one by one; a score in float64 leaves no room for its index."""
+    return bound <= FEW and score.shape[1] <= WIDEST and score.dtype != torch.float64
+
+
 def _lines(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -267,6 +271,36 @@ def _lowest_kernel(
     m_i = (o_i < n) & (b_place < bound)
     tl.store(p_index + i_b * bound + b_place, o_i.to(tl.int64), mask=m_i)
     tl.store(p_real + i_b * bound + b_place, b_place < b_count, mask=m_i)
+
+
+@triton.jit
+def _few_kernel(
+    p_score,
+    p_index,
+    p_real,
+    count,
+    stride_count,
+    n,
+    bound,
+    stride_score,
+    FIXED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per lane. Half of a key is the score, as an integer that ascends with it, and half the index."""
+    i_b = tl.program_id(0).to(tl.int64)
+    o_i = tl.arange(0, BLOCK)
+    b_score = tl.load(p_score + i_b * stride_score + o_i, mask=o_i < n, other=0.0).to(tl.float32)
+    b_score = tl.where(b_score != b_score, float("inf"), b_score)
+    b_score = tl.where(b_score == 0, 0.0, b_score)  # -0.0 is a tie with 0.0
+    b_bits = b_score.to(tl.int32, bitcast=True)
+    b_bits = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)  # of negative numbers, larger bits are below
+    b_key = tl.where(o_i < n, (b_bits.to(tl.int64) << 32) | o_i, LAST)
+    b_count = count if FIXED else tl.load(count + i_b * stride_count)
+    for i_place in range(bound):
+        b_least = tl.min(b_key, 0)
+        tl.store(p_index + i_b * bound + i_place, b_least.to(tl.int32).to(tl.int64))
+        tl.store(p_real + i_b * bound + i_place, i_place < b_count)
+        b_key = tl.where(b_key == b_least, LAST, b_key)
 
 
 @triton.jit

@@ -117,13 +117,13 @@ class ElasticCache(CachePolicy):
     def _compare(self, at: Layer) -> None:
         """Attention of the tracked rows after the write, compared with that before it."""
         every, tracked = at.across, at.sets["tracked"]
-        now = every.probs(every.stored("Q", tracked))
+        now = every.probs(every.stored("Q", tracked), of=tracked)
         every.report("similarity", every.similarity(self._past, now, tracked, AXIS[self.config.variant]))
 
     def _pick(self, at: Layer) -> None:
         """Of each layer, the positions that the window attends to most; the dump slot where too few may be tracked."""
         every, window = at.across, at.sets["window"]
-        received = every.received(every.stored("Q", window), every.each(window < at.dump))
+        received = every.received(every.stored("Q", window), every.each(window < at.dump), of=window)
         cost = (-received).masked_fill(every.each(at.flags["excluded"]), 1)[:, :-1]
         picks, _ = lowest(cost, self.config.track_num, self.config.track_num)
         every.report("picks", picks.masked_fill(cost.gather(1, picks) > 0, at.dump))

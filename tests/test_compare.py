@@ -208,6 +208,20 @@ def test_a_prompt_that_does_not_fit_is_refused_naming_its_problem(model):
 # What is found
 
 
+def test_problems_with_images_are_refused_by_a_model_of_text(model):
+    class Seen(Task):
+        name, gen_length = "seen", 8
+
+        def problems(self, split, limit, seed):
+            return [Problem("a", "What is this?"), Problem("b", "<image> And this?", images=("an image",))]
+
+        def score(self, problem, text):
+            return None
+
+    with pytest.raises(UsageError, match=r"problem 'b' has images, and model .* takes text alone"):
+        compare(model, ["dkv"], Seen())
+
+
 def test_results_agree_with_what_generate_returns(model):
     (result,) = compare(model, [], Words("Ann"), **SMALL).results
     output = dcache.generate(model, "Ann", "none", **SMALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -89,11 +90,14 @@ class Boards:
         reports: name to (layers, batch, ...) or (batch, ...).
         counters: "rows" and "kv_rows" to (layers, batch) int64.
         maps: the same names to (layers, batch, slots + 1) bool when the recompute map was asked for.
+        found: layer to what its attention found in this pass and no write has outdated: rows (batch, n), and
+            log-sum-exps (batch, heads, n). Not of many rows.
     """
 
     def __init__(self, layers: int, batch: int, slots: int, device: torch.device, maps: bool):
         self.layers, self.batch = layers, batch
         self.reports: dict[str, Tensor] = {}
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
         self.counters = {
             name: torch.zeros(layers, batch, dtype=torch.int64, device=device) for name in ("rows", "kv_rows")
         }
@@ -108,6 +112,7 @@ class Boards:
 
     def clear(self) -> None:
         """Device work at the start of a pass."""
+        self.found.clear()
         for x in (*self.counters.values(), *self.maps.values()):
             x.zero_()
 
@@ -139,7 +144,8 @@ class Layer:
         self._live: Tensor | None = None
         self.q: Tensor | None = None
         self.q_rows: Tensor | None = None
-        self._lse: tuple[Tensor, Tensor] | None = None  # queries, and the logarithm of their softmax's denominator
+        # Queries, as long as somebody keeps them, and the logarithm of their softmax's denominator
+        self._lse: tuple[ref[Tensor], Tensor] | None = None
 
     def enter(self, current: Pass, rows: Tensor, live: Tensor) -> None:
         """Engine only: the pass this layer takes part in, the rows of its plan here, and the live sequences."""
@@ -231,7 +237,7 @@ class Layer:
             raise ValueError(
                 "the keys of other layers are freed where a policy has a capacity; use one layer at a time"
             )
-        return Across(self, self._held.whole)
+        return Across(self, self._held.whole, self._boards.found)
 
     # -- an ordinary layer is these three calls -------------------------------------------------------------------
 
@@ -272,7 +278,8 @@ class Layer:
             self._model.positions(rows),
         )
         self._count("kv_rows", rows)
-        self.q, self.q_rows, self._lse = q, rows, None
+        self._forget()
+        self.q, self.q_rows = q, rows
         return q
 
     def attend(self, rows: Tensor, q: Tensor) -> Tensor:
@@ -281,12 +288,13 @@ class Layer:
         Counts `rows` as computed.
         """
         self._count("rows", rows)
+        self._forget()
         self.q, self.q_rows = q, rows
         given = q, *self._keys(), self.visible, self._lanes, self._listed()
         if q.shape[0] * q.shape[2] > FEW_ROWS:
             return attend(*given).transpose(1, 2).flatten(2)
         o, lse = attend_lse(*given)
-        self._lse = q, lse
+        self._lse, self._boards.found[self.index] = (ref(q), lse), (rows, lse)
         return o.transpose(1, 2).flatten(2)
 
     def finish(self, h: Tensor, o: Tensor) -> Tensor:
@@ -344,7 +352,7 @@ class Layer:
         rows were, with their values.
         """
         self._beside.writes(self.index, "K", "V")
-        self._lse = None
+        self._forget()
         if v is not None:
             self._count("kv_rows", rows)
             put(self.stores["V"], rows, v, self._lanes)
@@ -384,7 +392,7 @@ class Layer:
 
     def probs(self, q: Tensor) -> Tensor:
         """Attention probabilities of queries: (batch, heads, n, slots + 1) float32; for small sets."""
-        return probs(q, self._keys()[0], self.visible, self._lanes)
+        return probs(q, self._keys()[0], self.visible, self._lanes, self._lse_of(q))
 
     def received(self, q: Tensor, weight: Tensor) -> Tensor:
         """Attention per key, summed over heads and weighted rows: `weight` (batch, n) -> (batch, slots + 1) float32."""
@@ -477,7 +485,13 @@ class Layer:
 
     def _lse_of(self, q: Tensor) -> Tensor | None:
         """What the attention of these very queries found in this layer, if anything did."""
-        return self._lse[1] if self._lse is not None and self._lse[0] is q else None
+        return self._lse[1] if self._lse is not None and self._lse[0]() is q else None
+
+    def _forget(self) -> None:
+        """What attention found holds no longer."""
+        self._beside.hold(self.q, self._lse)
+        self._lse = None
+        self._boards.found.pop(self.index, None)
 
     def _count(self, name: str, rows: Tensor) -> None:
         books = self.now.books

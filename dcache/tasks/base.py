@@ -1,8 +1,9 @@
 """What a task is: numbered problems, and a verdict on each generated text."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -14,12 +15,15 @@ class Problem:
         prompt: the user's turn, before the chat template.
         answer: the reference answer, or None if there is none.
         solution: a worked solution that ends in the answer, or None; what a model is trained to write.
+        images: Pillow images, one for each ``<image>`` of the prompt and in their order. Those of a file are read each
+            time they are taken out.
     """
 
     id: str
     prompt: str
     answer: str | None = None
     solution: str | None = None
+    images: Sequence[Any] = field(default=(), hash=False)  # an image can be compared, not hashed
 
 
 class Task(ABC):

@@ -8,14 +8,12 @@ A problem belongs to the test split if and only if the hash of its prompt is a m
 be in both splits, whatever the seeds.
 """
 
-import re
 from collections.abc import Callable
-from hashlib import blake2b
 from random import Random
 from typing import ClassVar
 
-from dcache.errors import UsageError
 from dcache.tasks.base import Problem, Task
+from dcache.tasks.generated import check_request, in_test, says_number
 
 SHE = ("Ann", "Eva", "Mia", "Lena", "Rosa", "Nora", "Iris", "Jade")
 HE = ("Ben", "Tom", "Max", "Leo", "Sam", "Omar", "Hugo", "Finn")
@@ -217,12 +215,6 @@ def _trip(s: _Story) -> None:
 
 
 STORIES: tuple[Callable[[_Story], None], ...] = (_collection, _collection, _compare, _wages, _shopping, _trip)
-ANSWER = re.compile(r"####\s*(-?(?:\d{1,3}(?:,\d{3})+|\d+))(?!\d|[.,]\d)")
-
-
-def in_test(prompt: str) -> bool:
-    """Whether a prompt belongs to the test split: a property of its text alone."""
-    return blake2b(prompt.encode(), digest_size=4).digest()[-1] % 16 == 0
 
 
 class GsmMini(Task):
@@ -235,10 +227,7 @@ class GsmMini(Task):
 
     def problems(self, split: str, limit: int | None, seed: int) -> list[Problem]:
         """Return problems 0 to `limit` - 1 (default 500) of split "train" or "test"."""
-        if split not in ("train", "test"):
-            raise UsageError(f"task 'gsm-mini' has no split {split!r}; its splits are 'train' and 'test'")
-        if limit is not None and limit < 1:
-            raise UsageError(f"limit is {limit}; ask for at least 1 problem")
+        check_request("gsm-mini", split, limit)
         return [self.problem(split, index, seed) for index in range(self.n_problems if limit is None else limit)]
 
     def problem(self, split: str, index: int, seed: int) -> Problem:
@@ -254,7 +243,4 @@ class GsmMini(Task):
 
     def score(self, problem: Problem, text: str) -> bool | None:
         """Compare the first ``#### <integer>`` of the text with the reference; thousands commas do not matter."""
-        if problem.answer is None:
-            return None
-        found = ANSWER.search(text)
-        return found is not None and int(found[1].replace(",", "")) == int(problem.answer)
+        return None if problem.answer is None else says_number(text, int(problem.answer))

@@ -1,4 +1,8 @@
-"""Your own prompts: JSON lines such as ``{"prompt": "2 + 3 = ?", "answer": "5", "id": "a"}``, the last two optional."""
+"""Your own prompts: JSON lines such as ``{"prompt": "2 + 3 = ?", "answer": "5", "id": "a"}``, the last two optional.
+
+A prompt may show images: ``{"prompt": "<image>\\nWhat is this?", "images": ["a.png"]}`` has one ``<image>`` for each
+path, and a path is relative to the file.
+"""
 
 import json
 from pathlib import Path
@@ -6,8 +10,9 @@ from typing import ClassVar
 
 from dcache.errors import UsageError
 from dcache.tasks.base import Problem, Task
+from dcache.tasks.images import PLACEHOLDER, ImageFiles
 
-KEYS = ("prompt", "answer", "id")
+KEYS = ("prompt", "answer", "id", "images")
 
 
 class Prompts(Task):
@@ -49,7 +54,7 @@ def _read(path: Path) -> list[Problem]:
     problems: dict[str, Problem] = {}
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            problem = _parse(line, f"{path}, line {number}", default_id=f"line-{number}")
+            problem = _parse(line, f"{path}, line {number}", f"line-{number}", path.parent)
             if problem.id in problems:
                 raise UsageError(
                     f"{path}, line {number}: id {problem.id!r} is taken by an earlier line; ids are unique"
@@ -60,7 +65,7 @@ def _read(path: Path) -> list[Problem]:
     return list(problems.values())
 
 
-def _parse(line: str, where: str, default_id: str) -> Problem:
+def _parse(line: str, where: str, default_id: str, folder: Path) -> Problem:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -72,7 +77,7 @@ def _parse(line: str, where: str, default_id: str) -> Problem:
     if not isinstance(record, dict):
         raise UsageError(f'{where}: expected an object such as {{"prompt": "..."}}, found {_kind(record)}')
     if unknown := sorted(set(record) - set(KEYS)):
-        raise UsageError(f"{where}: unknown key {unknown[0]!r}; the keys are prompt, answer and id")
+        raise UsageError(f"{where}: unknown key {unknown[0]!r}; the keys are prompt, answer, id and images")
     if "prompt" not in record:
         raise UsageError(f"{where}: the key 'prompt' is missing")
     prompt, answer, name = record["prompt"], record.get("answer"), record.get("id", default_id)
@@ -86,7 +91,25 @@ def _parse(line: str, where: str, default_id: str) -> Problem:
         raise UsageError(f"{where}: 'id' must be a string, found {_kind(name)}")
     for key, value in (("prompt", prompt), ("answer", str(answer)), ("id", name)):
         _check_unicode(value, f"{where}: {key!r}")
-    return Problem(name, prompt, None if answer is None else str(answer))
+    files = record.get("images")
+    images = () if files is None else _images(files, prompt, where, folder)
+    return Problem(name, prompt, None if answer is None else str(answer), images=images)
+
+
+def _images(files: object, prompt: str, where: str, folder: Path) -> ImageFiles:
+    """The images of a line; their files are looked at now and decoded when the images are used."""
+    if not isinstance(files, list):
+        raise UsageError(f"{where}: 'images' must be a list of paths, found {_kind(files)}")
+    for file in files:
+        if not isinstance(file, str):
+            raise UsageError(f"{where}: 'images' must be a list of paths, found {_kind(file)} in it")
+        _check_unicode(file, f"{where}: 'images'")
+    if prompt.count(PLACEHOLDER) != len(files):
+        raise UsageError(
+            f"{where}: 'prompt' has {prompt.count(PLACEHOLDER)} {PLACEHOLDER}, and 'images' has {len(files)} paths; "
+            f"write one {PLACEHOLDER} where each image belongs"
+        )
+    return ImageFiles(tuple(folder / file for file in files), where)
 
 
 def _check_unicode(text: str, where: str) -> None:

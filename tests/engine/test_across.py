@@ -1,5 +1,6 @@
 """Statistics of all layers at once are those of each layer."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor
 
 from dcache.decode import decode
-from dcache.engine import Engine
+from dcache.engine import Engine, across
+from dcache.engine import layer as layer_module
 from dcache.engine.layer import Layer
 from dcache.errors import PolicyError
+from dcache.kernels.attend import attend_lse_ref
 from dcache.plugins import make_unmasker
 from dcache.policy import CachePolicy, Plan
 from dcache.state import State
@@ -81,6 +84,108 @@ def test_all_layers_at_once_report_what_each_layer_does(visible: str, buckets: t
         assert (step.reports["received"][:, step.active].sum(-1) > 0).all()
 
 
+class Again(CachePolicy):
+    """Asks about queries of the pass before its layers run and after them; `then` says what else the layers do.
+
+    Attributes:
+        real: of each time it asked, which queries are no padding: (layers * batch, n) bool.
+    """
+
+    def __init__(self, then: str = "nothing", visible: str = "all"):
+        super().__init__()
+        self.then, self.visible = then, visible
+        self.real: list[Tensor] = []
+
+    def stores(self, spec: Any) -> dict[str, int]:
+        return {"Q": spec.q_width, "H": spec.d_model}
+
+    def plan(self, state: State) -> Plan:
+        some = state.needed | state.changed
+        return Plan(some | (state.step == 0)[:, None], sets={"some": some}, visible=Both(self.visible)._shown(state))
+
+    def review(self, state: State, plan: Plan, seen: Any) -> Plan | None:
+        if self.then != "run again":
+            return None
+        rows = state.valid & state.active[:, None]
+        return replace(plan, row_mask=rows, kind="again", start=np.ones(state.batch, dtype=np.int64))
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        some = at.sets["some"]
+        if at.index == 0:
+            self.ask(at, some)
+        q = at.refresh(rows, h)
+        o = at.attend(rows.clone() if (self.then, at.index) == ("attend elsewhere", 1) else rows, q)
+        if (self.then, at.index) == ("write", 1):
+            at.write(some, k=at.stored("K", some))
+        if at.last:
+            self.ask(at, some)
+        return rows, at.finish(h, o)
+
+    def ask(self, at: Layer, some: Tensor) -> None:
+        every, real = at.across, some < at.dump
+        q = every.stored("Q", some)
+        every.report("received", every.received(q, every.each(real), of=some))
+        every.report("similarity", every.similarity(every.probs(q, of=some), every.probs(-q), some, "heads"))
+        self.real.append(every.each(real).clone())
+
+
+Given = list[tuple[Tensor | None, Tensor]]
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> Given:
+    """The log-sum-exps (layers * batch, heads, n) that ops were given, each with that of the formula."""
+    heard: Given = []
+
+    def listening(op: Any) -> Any:
+        def heard_op(q: Tensor, k: Tensor, *more: Any) -> Tensor:
+            visible, lanes, lse = more[-3:]
+            heard.append((lse, attend_lse_ref(q, k, k, visible, lanes)[1]))
+            return op(q, k, *more)
+
+        return heard_op
+
+    for name in ("probs", "received"):
+        monkeypatch.setattr(across, name, listening(getattr(across, name)))
+    return heard
+
+
+@pytest.mark.parametrize("visible", ["all", "mask", "by layer"])
+@pytest.mark.parametrize("buckets", [(), (8, 64)])
+def test_what_attention_found_is_given_to_statistics_of_its_rows(
+    visible: str, buckets: tuple[int, ...], given: Given
+) -> None:
+    policy = Again(visible=visible)
+    go(policy, buckets=buckets)
+    calls = iter(given)
+    for i, real in enumerate(policy.real):
+        received, probs, others = next(calls), next(calls), next(calls)
+        assert others[0] is None
+        if i % 2 == 0:  # before the layers: what the last pass found is outdated
+            assert (received[0], probs[0]) == (None, None)
+            continue
+        for lse, expected in (received, probs):
+            assert lse is not None
+            assert lse.isfinite().all()
+            mine = real[:, None].expand_as(expected)
+            torch.testing.assert_close(lse[mine], expected[mine], atol=1e-5, rtol=1e-5)
+    assert next(calls, None) is None
+
+
+@pytest.mark.parametrize("then", ["attend elsewhere", "write", "run again", "attend with many rows"])
+def test_what_attention_found_is_not_given_where_it_may_not_hold(
+    then: str, given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if then == "attend with many rows":
+        monkeypatch.setattr("dcache.engine.layer.FEW_ROWS", 0)
+    trace = go(Again(then))
+    twice = then == "run again"
+    found = [lse is not None for lse, _ in given]
+    assert len(found) == len(trace) * (9 if twice else 6)  # the second pass has no layer 0
+    assert found[3:5] == [twice, twice]
+    assert sum(found) == 2 * twice * len(trace)  # all of them in first passes
+
+
 def test_they_can_be_recorded() -> None:
     plain, recorded = go(Both(), buckets=(8, 64)), go(Both(), buckets=(8, 64), executor=Recorder())
     for a, b in zip(plain, recorded, strict=True):
@@ -106,3 +211,38 @@ def test_a_report_of_all_layers_has_one_shape_per_name() -> None:
 
     with pytest.raises(PolicyError, match="a report has one shape per name"):
         go(Changing())
+
+
+def test_what_attention_found_serves_later_layers_while_the_queries_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rollout in the last layer asks every layer about its own queries."""
+    known: list[bool] = []
+    inner = layer_module.received
+
+    def noting(q: Tensor, k: Tensor, weight: Tensor, *more: Any) -> Tensor:
+        known.append(more[-1] is not None)
+        return inner(q, k, weight, *more)
+
+    monkeypatch.setattr(layer_module, "received", noting)
+
+    class Rolls(CachePolicy):
+        keeps = True
+
+        def plan(self, state: State) -> Plan:
+            return Plan.all(state)
+
+        def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            rows, h = at.compute(rows, h)
+            self.passed = [*(self.passed if at.index else ()), (at, at.q if self.keeps else at.q.clone())]
+            if at.last:
+                for layer, q in self.passed:
+                    layer.received(q, rows < at.dump)
+            return rows, h
+
+    policy = Rolls()
+    go(policy)
+    assert known
+    assert all(known)
+    known.clear()
+    policy.keeps = False  # other tensors, if with the same numbers
+    go(policy)
+    assert not any(known)

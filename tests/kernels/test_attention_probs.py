@@ -96,10 +96,10 @@ def assert_is(found: Tensor, expected: Tensor) -> None:
 
 def check(scene: Scene) -> None:
     """All ops, with and without a known log-sum-exp."""
-    assert_is(ops.probs_triton(scene.q, *scene.keys), scene.probs)
     assert_is(ops.products_triton(scene.q, *scene.keys), scene.scores.mean(1))
     for lse in (None, scene.lse.float()):
         k, *rest = scene.keys
+        assert_is(ops.probs_triton(scene.q, k, *rest, lse), scene.probs)
         assert_is(ops.received_triton(scene.q, k, scene.weight, *rest, lse), scene.received())
         assert_is(ops.head_mean_triton(scene.q, k, *rest, lse), scene.probs.mean(1))
 
@@ -119,7 +119,7 @@ def test_statistics_read_the_keys_that_a_lane_sees(hidden: str, lanes: bool, dev
 def test_the_twins_follow_the_formulas_with_lanes() -> None:
     scene = build(SHAPES["few rows"], "cpu")
     k, visible, lanes = scene.keys
-    assert_is(ops.probs(scene.q, k, visible, lanes), scene.probs)
+    assert_is(ops.probs(scene.q, k, visible, lanes, scene.lse.float()), scene.probs)
     assert_is(ops.products(scene.q, k, visible, lanes), scene.scores.mean(1))
     assert_is(ops.received(scene.q, k, scene.weight, visible, lanes, scene.lse.float()), scene.received())
     assert_is(ops.head_mean(scene.q, k, visible, lanes, scene.lse.float()), scene.probs.mean(1))
@@ -151,15 +151,15 @@ def test_a_lane_has_the_same_bits_alone_and_among_others(device: str) -> None:
     both = scene.q, scene.k, scene.weight, scene.visible, scene.lanes
     alone = [x if x is scene.k else x[1:] for x in both]
     assert torch.equal(ops.received_triton(*both, None)[1:], ops.received_triton(*alone, None))
-    for op in (ops.probs_triton, ops.products_triton):
-        q, k, _, visible, lanes = both
-        assert torch.equal(op(q, k, visible, lanes)[1:], op(alone[0], k, alone[3], alone[4]))
+    q, k, _, visible, lanes = both
+    for op, more in ((ops.probs_triton, (None,)), (ops.products_triton, ())):
+        assert torch.equal(op(q, k, visible, lanes, *more)[1:], op(alone[0], k, alone[3], alone[4], *more))
 
 
 def test_queries_whose_numbers_lie_apart_are_refused() -> None:
     q, k = torch.zeros(1, 1, 4, 8).transpose(2, 3), torch.zeros(1, 1, 3, 4)
     with pytest.raises(ValueError, match="contiguous"):
-        ops.probs_triton(q, k, None, None)
+        ops.probs_triton(q, k, None, None, None)
 
 
 @pytest.mark.gpu

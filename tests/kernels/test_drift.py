@@ -66,6 +66,11 @@ def test_a_lane_without_a_real_row_is_nan_and_the_others_are_not(over: str, devi
     assert drift_triton(past, now, real, visible, over).isnan().tolist() == [True, False]
 
 
+def test_heads_beyond_a_power_of_two_and_a_last_block_of_one_key_are_counted(device: str) -> None:
+    scene = build((2, 28, 2, 257), device, False)
+    torch.testing.assert_close(drift_triton(*scene, "heads").double(), formula(*scene, "heads"), **CLOSE)
+
+
 @pytest.mark.parametrize("over", AXES)
 def test_norms_are_clamped_so_that_what_has_no_weight_is_not_similar_to_itself(over: str, device: str) -> None:
     past = torch.full((1, 2, 1, 4), 1e-12, device=device)

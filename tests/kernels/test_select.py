@@ -44,7 +44,7 @@ def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
 def check(batch: int, n: int, device: str) -> None:
     score, eligible = scores(batch, n, device), marks(batch, n, device)
     count = torch.arange(1, batch + 1, device=device) * n // 3
-    for wanted, bound in ((count, n), (min(3, n), 5), (1, n + 3)):
+    for wanted, bound in ((count, n), (min(3, n), 5), (1, n + 3), (count, 1), (1, 8), (0, 9)):
         assert same(lowest_triton(score, wanted, bound), lowest_ref(score, wanted, bound))
     for dtype, wanted in ((torch.float32, count), (torch.float64, min(3, n))):
         score = scores(batch, n, device, dtype)
@@ -63,6 +63,26 @@ def test_places_are_those_of_a_stable_sort(device: str, n: int) -> None:
 @pytest.mark.parametrize(("batch", "n"), TRUE_SIZES)
 def test_true_sizes_agree_as_well(batch: int, n: int) -> None:
     check(batch, n, "cuda")
+
+
+@pytest.mark.parametrize("bound", [0, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_few_are_those_of_the_stable_sort_whatever_their_bits(device: str, bound: int, dtype: torch.dtype) -> None:
+    info = torch.finfo(torch.float32)
+    odd = [0.0, -0.0, INF, -INF, info.tiny, -info.tiny, 1e-45, -1e-45, info.max, info.min, 1.0, -1.0]
+    drawn = torch.tensor(odd * 20, device=device, dtype=dtype)
+    for seed in range(6):
+        order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed)).to(device)
+        score = drawn[order].reshape(5, -1)  # (5, 48): each lane lacks some
+        assert same(lowest_triton(score, 2, bound), lowest_ref(score, 2, bound))
+        score = score.masked_fill(score == -INF, INF)
+        assert same(lowest_triton(score, 2, bound), lowest_ref(score, 2, bound))
+
+
+def test_of_a_few_that_are_not_numbers_the_first_is_taken_and_none_twice(device: str) -> None:
+    index, real = lowest_triton(torch.full((2, 300), NAN, device=device), 4, 8)
+    assert index.tolist() == [list(range(8))] * 2
+    assert real.tolist() == [[True] * 4 + [False] * 4] * 2
 
 
 @settings(max_examples=15)

@@ -4,7 +4,8 @@ import pytest
 
 from dcache.errors import UsageError
 from dcache.tasks.base import Problem
-from dcache.tasks.gsm_mini import GsmMini, in_test
+from dcache.tasks.generated import in_test
+from dcache.tasks.gsm_mini import GsmMini
 
 TASK = GsmMini()
 CALCULATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
