@@ -20,7 +20,7 @@ from dcache.calls import policy_calls
 from dcache.compare import Comparison, Experiment, Run
 from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, VerifySettings
 from dcache.errors import DCacheError, UsageError
-from dcache.generate import Output, Runner, problem_ids, settings_from
+from dcache.generate import Output, Runner, problem_prompt, settings_from
 from dcache.plugins import load_model, make_policy
 from dcache.tasks.base import Problem, Task
 from dcache.tasks.prompts import Prompts
@@ -220,6 +220,9 @@ def generate(
     policy: Annotated[str, option("a policy, e.g. 'elastic(gamma=0.95)'", "--policy")] = "elastic",
     model: ModelName = "tiny-llada",
     prompts: PromptsFile = None,
+    image: Annotated[
+        list[Path] | None, option("an image of the prompt, for a model with vision; several in order", "--image")
+    ] = None,
     trace: Annotated[bool, option("print one line per denoising step to stderr", "--trace")] = False,
     gen_length: GenLength = None,
     block_length: BlockLength = None,
@@ -252,11 +255,13 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise UsageError("give a prompt or --prompts FILE, and not both")
     make_policy(policy)
-    problems = [Problem("prompt", _prompt(prompt))] if prompt is not None else []
+    if image and prompt is None:
+        raise UsageError("--image goes with one prompt; a file of prompts names the images of each line")
+    problems = [Problem("prompt", _prompt(prompt), images=tuple(image or ()))] if prompt is not None else []
     if prompts is not None:
         problems = Prompts(prompts).problems("", None, 0)
     runner = Runner(load_model(model, device=device, dtype=dtype, family=family), policy, settings)
-    ids = [problem_ids(runner.model, problem) for problem in problems]
+    ids = [problem_prompt(runner.model, problem) for problem in problems]
     names = [problem.id for problem in problems]
     for begin in range(0, len(ids), settings.batch_size):
         batch = range(begin, min(begin + settings.batch_size, len(ids)))

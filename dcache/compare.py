@@ -25,7 +25,7 @@ from dcache.calls import Call, split_list
 from dcache.conditions import device_name, prompt_of, source_of, version_of, weights_of, written
 from dcache.config import DEFAULT_POLICIES, CompareSettings
 from dcache.errors import UsageError
-from dcache.generate import Output, Runner, policy_of, problem_ids, settings_from, unmasker_of
+from dcache.generate import Output, Runner, policy_of, problem_prompt, settings_from, unmasker_of
 from dcache.models.loading import Model
 from dcache.plugins import explain, make_policy, plugins
 from dcache.policy import CachePolicy
@@ -172,12 +172,13 @@ class Run:
         self.experiment, self.model = experiment, model
         self.clock = clock or perf_counter
         self.runners = {name: Runner(model, p, experiment.settings) for name, p in experiment.policies.items()}
-        self.prompts = [problem_ids(model, problem) for problem in experiment.problems]
+        self.prompts = [problem_prompt(model, problem) for problem in experiment.problems]
         self._check_lengths()
         self.runners[REFERENCE].state(self.prompts)  # lengths and blocks, before anything runs
         for runner in self.runners.values():
             runner.reserve(self.prompts)
-        self.marks = [prompt_of(i, p.answer) for i, p in zip(self.prompts, experiment.problems, strict=True)]
+        pairs = zip(self.prompts, experiment.problems, strict=True)
+        self.marks = [prompt_of(ids, problem.answer, problem.images) for ids, problem in pairs]
         self.conditions = experiment.conditions(model, {n: written(r.unmasker) for n, r in self.runners.items()})
         self.memory = Memory(model.device)
         self.results: dict[tuple[int, str, str], Result] = {}

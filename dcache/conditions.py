@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,9 +56,10 @@ def weights_of(model: Model) -> str:
     return fingerprint(torch.cat(ends).to(torch.float32).cpu().numpy().tobytes())
 
 
-def prompt_of(ids: Sequence[int], answer: str | None) -> str:
-    """Fingerprint of a prompt and its reference answer."""
-    return fingerprint(repr((list(ids), answer)).encode())
+def prompt_of(ids: Sequence[int], answer: str | None, images: Sequence[Any] = ()) -> str:
+    """Fingerprint of a prompt, its Pillow images and its reference answer."""
+    shown = [(image.mode, image.size, fingerprint(image.tobytes())) for image in images]
+    return fingerprint(repr((list(ids), answer, *shown)).encode())
 
 
 def written(plugin: CachePolicy | Unmasker) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+import torch
 from pydantic import ValidationError
 
 from dcache.calls import Call
@@ -18,7 +19,7 @@ from dcache.errors import UsageError
 from dcache.models.loading import Model
 from dcache.plugins import explain, make_policy, make_unmasker
 from dcache.policy import CachePolicy
-from dcache.state import State
+from dcache.state import Embeddings, State
 from dcache.tasks.base import Problem
 from dcache.trace import Trace
 from dcache.unmasking.base import Unmasker
@@ -28,6 +29,30 @@ if TYPE_CHECKING:
 
 PAIRED = "paired"
 PROMPTS = "give a text, or a list of texts or of token-id lists"
+
+
+class Prompt(Sequence[int]):
+    """Token ids of a prompt, and what the rows of its images start from.
+
+    Args:
+        ids: one for every row; those of image rows stand in for none.
+        embeddings: of the image rows; None without images.
+    """
+
+    def __init__(self, ids: Sequence[int], embeddings: Embeddings | None = None):
+        self.ids, self.embeddings = list(ids), embeddings
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self.ids[index]
 
 
 @dataclass(frozen=True)
@@ -141,16 +166,24 @@ class Runner:
             self._slots = max(self._slots or 0, wide)
 
     def state(self, prompts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> State:
-        """The canvas of a batch of token-id prompts; raises UsageError if it does not fit the model."""
+        """The canvas of a batch of prompts, each a `Prompt` or token ids; raises UsageError if it does not fit."""
         guided, spec = self.unmasker.sampling.guidance > 0, self.model.spec
+        given = [prompt.embeddings if isinstance(prompt, Prompt) else None for prompt in prompts]
         if max(map(len, prompts), default=0) + self.gen_length <= spec.max_positions:  # else State says what is wrong
             self.reserve(prompts)
         return State(
-            spec, prompts, self.gen_length, self.settings.block_length, ids=ids, guided=guided, slots=self._slots
+            spec,
+            prompts,
+            self.gen_length,
+            self.settings.block_length,
+            ids=ids,
+            guided=guided,
+            slots=self._slots,
+            embeddings=given,
         )
 
     def run(self, prompts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> list[Output]:
-        """Decode one batch of token-id prompts; `ids` number them within the whole run, for their noise."""
+        """Decode one batch of prompts; `ids` number them within the whole run, for their noise."""
         state = self.state(prompts, ids)
         steps = decode(self.engine, state)
         return [self._output(state, steps, b) for b in range(state.n_texts)]
@@ -178,20 +211,35 @@ def prompt_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
     return [int(i) for i in ids]
 
 
-def problem_ids(model: Model, problem: Problem) -> list[int]:
-    """Token ids of the prompt of a problem; images are refused, since no model family takes any yet."""
-    if len(problem.images):
-        raise UsageError(
-            f"problem {problem.id!r} has images, and model {model.name} takes text alone; choose another task or file"
-        )
-    return prompt_ids(model, problem.prompt)
+def image_prompt(model: Model, text: str, images: Sequence[Any]) -> Prompt:
+    """A text and its images as the family writes them, the images encoded; UsageError if the model has no vision."""
+    with torch.inference_mode():
+        spliced = model.image_prompt(text, images)
+    return Prompt(spliced.tokens, Embeddings(np.flatnonzero(spliced.is_image.numpy()), spliced.embeddings))
 
 
-@overload
-def generate(model: Model, prompts: str, policy: str | CachePolicy = ..., **settings: Any) -> Output: ...
+def problem_prompt(model: Model, problem: Problem) -> Prompt:
+    """The prompt of a problem."""
+    if not len(problem.images):
+        return Prompt(prompt_ids(model, problem.prompt))
+    try:
+        return image_prompt(model, problem.prompt, list(problem.images))
+    except UsageError as error:
+        raise UsageError(f"problem {problem.id!r}: {error}") from error
+
+
 @overload
 def generate(
-    model: Model, prompts: Sequence[str] | Sequence[Sequence[int]], policy: str | CachePolicy = ..., **settings: Any
+    model: Model, prompts: str, policy: str | CachePolicy = ..., *, images: Sequence[Any] | None = ..., **settings: Any
+) -> Output: ...
+@overload
+def generate(
+    model: Model,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    policy: str | CachePolicy = ...,
+    *,
+    images: Sequence[Any] | None = ...,
+    **settings: Any,
 ) -> list[Output]: ...
 
 
@@ -199,6 +247,8 @@ def generate(
     model: Model,
     prompts: str | Sequence[str] | Sequence[Sequence[int]],
     policy: str | CachePolicy = "none",
+    *,
+    images: Sequence[Any] | None = None,
     **settings: Any,
 ) -> Output | list[Output]:
     """Decode one prompt, or several.
@@ -207,6 +257,8 @@ def generate(
         model: from `load_model`.
         prompts: a text; or a list of texts, or of token-id lists.
         policy: ``"none"``, ``"elastic(gamma=0.95)"``, or an instance.
+        images: for one text its images (files, Pillow images, or tensors (3, height, width) of uint8); for a list of
+            texts a list of such lists, empty where a text has none. A text may say by ``<image>`` where each goes.
         settings: fields of `dcache.config.DecodeSettings`: gen_length, block_length, unmask, temperature, seed, ...
             `unmask` may also be an instance, which then keeps its own sampling.
 
@@ -222,10 +274,21 @@ def generate(
     if not isinstance(prompts, Iterable):
         raise UsageError(f"prompts is {prompts!r}; {PROMPTS}")
     many: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-    ids = [prompt_ids(model, prompt) for prompt in many]
+    shown = [images or ()] if isinstance(prompts, str) else [() for _ in many] if images is None else list(images)
+    if len(shown) != len(many):
+        raise UsageError(f"images has {len(shown)} lists for {len(many)} prompts; give one for each, empty or not")
+    ids = [_prompt(model, prompt, mine) for prompt, mine in zip(many, shown, strict=True)]
     runner.reserve(ids)
     outputs: list[Output] = []
     for begin in range(0, len(ids), run.batch_size):
         batch = ids[begin : begin + run.batch_size]
         outputs += runner.run(batch, ids=range(begin, begin + len(batch)))
     return outputs[0] if isinstance(prompts, str) else outputs
+
+
+def _prompt(model: Model, prompt: str | Sequence[int], images: Sequence[Any]) -> Prompt:
+    if not len(images):
+        return Prompt(prompt_ids(model, prompt))
+    if not isinstance(prompt, str):
+        raise UsageError("images go with a text, not with token ids; give the prompt as a text")
+    return image_prompt(model, prompt, images)

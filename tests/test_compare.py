@@ -218,7 +218,7 @@ def test_problems_with_images_are_refused_by_a_model_of_text(model):
         def score(self, problem, text):
             return None
 
-    with pytest.raises(UsageError, match=r"problem 'b' has images, and model .* takes text alone"):
+    with pytest.raises(UsageError, match=r"problem 'b': model .* takes no images"):
         compare(model, ["dkv"], Seen())
 
 

@@ -1,0 +1,120 @@
+"""Images of a prompt, from a file or a task to the tokens of every policy; on a random model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dcache
+from dcache import Problem, Task, UsageError
+from dcache.calls import split_list
+from dcache.cli import main
+from dcache.generate import image_prompt
+
+Image = pytest.importorskip("PIL.Image")
+FOLDER = Path(__file__).parent / "golden" / "models" / "llada_v"
+POLICIES = (
+    "elastic(gamma=0.9),dkv(interval=3),d2(current_k=3),fast-dllm,sparse-dllm,spa(rank=4),dllm-cache,es-dllm,suffix"
+)
+SMALL = {"gen_length": 8, "block_length": 4, "after_end": "decode"}
+
+
+@pytest.fixture(scope="module")
+def model() -> dcache.Model:
+    return dcache.load_model(FOLDER, device="cpu", dtype="float32")
+
+
+def picture(seed: int, size: tuple[int, int] = (20, 14)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+class Pictures(Task):
+    """Prompts with two images, one, and none."""
+
+    name, gen_length = "pictures", 8
+
+    def problems(self, split, limit, seed):
+        two = Problem("two", "<image><image> are these alike", images=(picture(1), picture(2)))
+        return [two, Problem("one", "<image> what", images=(picture(3, (30, 10)),)), Problem("none", "what")]
+
+    def score(self, problem, text):
+        return None
+
+
+def test_every_policy_decodes_prompts_with_images_and_a_batch_is_as_good_as_single_runs(model):
+    for policy in split_list(POLICIES):
+        single = dcache.compare(model, [policy], Pictures(), **SMALL).results
+        batch = dcache.compare(model, [policy], Pictures(), batch_size=3, **SMALL).results
+        tokens = [{(r.problem, r.policy): r.canvas for r in found} for found in (single, batch)]
+        assert tokens[0] == tokens[1]
+
+
+def test_an_image_decides_what_is_decoded_and_the_same_image_the_same(model):
+    def canvas(images):
+        return dcache.generate(model, "what is this", "elastic", images=images, **SMALL).canvas
+
+    assert canvas([picture(1)]) == canvas([picture(1)])
+    prompts = [image_prompt(model, "what is this", [picture(seed)]) for seed in (1, 2)]
+    assert prompts[0].ids == prompts[1].ids
+    assert (prompts[0].embeddings.values != prompts[1].embeddings.values).any()
+
+
+def test_an_exact_configuration_commits_what_no_cache_does(model):
+    def canvas(policy):
+        return dcache.generate(model, "what", policy, images=[picture(4)], **SMALL).canvas
+
+    assert canvas("elastic(refresh=always)") == canvas("dkv(interval=1)") == canvas("none")
+
+
+def test_several_prompts_have_a_list_of_images_each(model):
+    texts, images = ["what", "which", "how"], [[picture(1)], [], [picture(2), picture(3)]]
+    together = dcache.generate(model, texts, "dkv", images=images, batch_size=3, **SMALL)
+    alone = [dcache.generate(model, [t], "dkv", images=[i], **SMALL)[0] for t, i in zip(texts, images, strict=True)]
+    assert [x.canvas for x in together] == [x.canvas for x in alone]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "message"),
+    [
+        ("what", ["missing.png"], "does not exist"),
+        ("<image> and <image>", [picture(1)], "2"),
+        (["a", "b"], [[picture(1)]], "1 lists for 2 prompts"),
+        ([[1, 2, 3]], [[picture(1)]], "images go with a text"),
+    ],
+)
+def test_images_that_cannot_be_are_refused(model, prompts, images, message):
+    with pytest.raises(UsageError, match=message):
+        dcache.generate(model, prompts, images=images, **SMALL)
+
+
+def test_the_command_line_takes_images_and_files_that_name_them(capsys, tmp_path):
+    picture(5).save(tmp_path / "a.png")
+    lines = [{"prompt": "<image> what", "images": ["a.png"]}, {"prompt": "what"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--model", str(FOLDER), "--device", "cpu", "--gen-length", "8", "--block-length", "4"]
+    assert main(["generate", "what", "--image", str(tmp_path / "a.png"), *flags]) == 0
+    one = capsys.readouterr().out
+    assert main(["generate", "--prompts", str(tmp_path / "p.jsonl"), *flags]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["compare", "--policies", "dkv", "--prompts", str(tmp_path / "p.jsonl"), *flags]) == 0
+    assert "dkv" in capsys.readouterr().out
+    assert main(["generate", "--prompts", str(tmp_path / "p.jsonl"), "--image", "a.png", *flags]) == 2
+    assert "--image goes with one prompt" in capsys.readouterr().err
+    assert main(["generate", "what", "--image", str(tmp_path / "a.png"), "--gen-length", "8"]) == 2
+    assert "takes no images" in capsys.readouterr().err
+    assert isinstance(one, str)
+
+
+def test_results_of_another_image_are_not_taken_over(model, tmp_path):
+    class Changed(Pictures):
+        def problems(self, split, limit, seed):
+            return [Problem("one", "<image> what", images=(picture(9, (30, 10)),))]
+
+    class First(Pictures):
+        def problems(self, split, limit, seed):
+            return [Problem("one", "<image> what", images=(picture(3, (30, 10)),))]
+
+    dcache.compare(model, ["dkv"], First(), out=tmp_path, **SMALL)
+    with pytest.raises(UsageError, match="another prompt or answer of problem 'one'"):
+        dcache.compare(model, ["dkv"], Changed(), out=tmp_path, **SMALL)
