@@ -177,8 +177,6 @@ class VLCache(Filter):
         again = super().review(state, plan, seen)
         if again is not None:
             return again
-        if state.guided:  # the twin of a text takes part in its passes
-            probed = probed | np.roll(probed, state.n_texts)
         return self.restrict(state, replace(plan, row_mask=(plan.row_mask | anchors) & probed[:, None]))
 
     def _keep(self, plan: Plan) -> None:

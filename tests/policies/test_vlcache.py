@@ -189,10 +189,15 @@ def test_several_policy_objects_share_what_outlives_a_request(model):
 
 
 def test_guidance_computes_the_masked_prompt_and_reuses_the_image(model):
-    policy = VLCache(ratio=0.2)
-    for _ in range(2):
-        assert len(decode(model, policy, ("what", [picture(1)]), guidance=0.5)[0].canvas) == 8
-    assert policy.statistics["hits"] == 1
+    for inner in ("fast-dllm", "elastic(gamma=0.97)"):
+        policy, asked = VLCache(inner, ratio=0.2), [("what", [picture(1)]), ("which", []), ("how", [picture(2)])]
+        decode(model, policy, asked[0])
+        decode(model, policy, asked[2])
+        together = decode(model, policy, *asked, guidance=0.5)
+        assert policy.statistics["hits"] == 2
+        alone = [decode(model, policy, one, guidance=0.5)[0] for one in asked]
+        assert [x.canvas for x in together] == [x.canvas for x in alone]
+        assert [rows(x) for x in together] == [rows(x) for x in alone]
 
 
 @pytest.mark.parametrize("inner", ["dllm-cache", "spa(rank=4)"])
@@ -236,6 +241,17 @@ def test_recorded_passes_give_what_eager_ones_give_and_read_nothing_that_nobody_
     assert (policy.statistics["hits"], policy.statistics["misses"]) == (3, 3)
     for one, two in zip(eager, recorded, strict=True):
         for name in ("rows", "commit", "tokens", "row_layers"):
+            assert np.array_equal(getattr(one, name), getattr(two, name)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("inner", ["fast-dllm", "elastic(gamma=0.97)"])
+def test_graphs_give_what_the_eager_run_gives(inner):
+    model = random_model(3).to("cuda")
+    eager, graphs = (engine_runs(model, VLCache(inner, ratio=0.3), graphs=on) for on in (False, True))
+    for one, two in zip(eager, graphs, strict=True):
+        for name in ("rows", "commit", "tokens", "confidence", "row_layers"):
             assert np.array_equal(getattr(one, name), getattr(two, name)), name
 
 
