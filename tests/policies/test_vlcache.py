@@ -244,6 +244,48 @@ def test_recorded_passes_give_what_eager_ones_give_and_read_nothing_that_nobody_
             assert np.array_equal(getattr(one, name), getattr(two, name)), name
 
 
+def span_state(model, embedding: torch.Tensor) -> State:
+    """A prompt of 9 tokens, 1 to 6 of them one span, and 4 masks."""
+    given = [Embeddings(np.arange(1, 7), embedding, (Span(1, 7, "a"),))]
+    return State(model.spec, [[1, 0, 0, 0, 0, 0, 0, 2, 3]], 4, embeddings=given)
+
+
+def test_the_anchors_are_the_rows_that_masks_attend_to_most():
+    model, policy, attention = random_model(3), VLCache("none", ratio=0.3), []
+    layer, embedding = policy.layer, torch.randn(6, model.spec.d_model, generator=torch.Generator().manual_seed(1))
+
+    def listening(at, rows, h):
+        out = layer(at, rows, h)
+        masks = (rows >= 9) & (rows < at.dump)
+        attention.append(at.probs(at.q).sum(1)[masks].sum(0)[1:7])
+        return out
+
+    engine = Engine(model, policy, make_unmasker("low-confidence"), debug=True)
+    run_loop(engine, span_state(model, embedding))
+    policy.layer = listening
+    (step,) = run_loop(engine, span_state(model, embedding), limit=1)
+    best = torch.stack(attention[: model.spec.n_layers]).sum(0).topk(2).indices.sort().values + 1
+    assert np.flatnonzero(step.again[0, 1:7]).tolist() == (best - 1).tolist()
+    assert step.rows[0, [0, 7, 8, 9, 10, 11, 12]].all()
+
+
+def test_a_reused_row_is_in_no_set_of_the_inner_policy():
+    model, policy, found = random_model(3), VLCache("elastic(track_num=8)", ratio=0), []
+    plan, embedding = policy.plan, torch.randn(6, model.spec.d_model, generator=torch.Generator().manual_seed(1))
+
+    def planning(state):
+        made, inner = plan(state), policy.inner._tracked(state)
+        found.append((inner[0, 1:7].any(), made.sets["tracked"][0, 1:7].any()))
+        return made
+
+    engine = Engine(model, policy, make_unmasker("low-confidence"), debug=True)
+    run_loop(engine, span_state(model, embedding))
+    policy.plan = planning
+    run_loop(engine, span_state(model, embedding))
+    assert any(inner for inner, _ in found)
+    assert not any(outer for _, outer in found)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("inner", ["fast-dllm", "elastic(gamma=0.97)"])
