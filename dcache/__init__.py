@@ -28,6 +28,7 @@ from dcache.models.family import Family
 from dcache.models.loading import Model
 from dcache.plugins import load_model
 from dcache.policy import CachePolicy, Filter, FilterConfig, Plan, PolicyConfig
+from dcache.reuse import ReuseCache
 from dcache.state import Seen, State
 from dcache.tasks.base import Problem, Task
 from dcache.unmasking.base import Ask, Asked, Picks, Sampling, Unmasker, UnmaskerConfig, Update
@@ -53,6 +54,7 @@ __all__ = [
     "PolicyError",
     "Problem",
     "Register",
+    "ReuseCache",
     "Sampling",
     "Seen",
     "State",

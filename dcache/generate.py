@@ -19,7 +19,8 @@ from dcache.errors import UsageError
 from dcache.models.loading import Model
 from dcache.plugins import explain, make_policy, make_unmasker
 from dcache.policy import CachePolicy
-from dcache.state import Embeddings, State
+from dcache.reuse import ReuseCache
+from dcache.state import Embeddings, Span, State
 from dcache.tasks.base import Problem
 from dcache.trace import Trace
 from dcache.unmasking.base import Unmasker
@@ -211,11 +212,17 @@ def prompt_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
     return [int(i) for i in ids]
 
 
-def image_prompt(model: Model, text: str, images: Sequence[Any]) -> Prompt:
-    """A text and its images as the family writes them, the images encoded; UsageError if the model has no vision."""
+def image_prompt(
+    model: Model, text: str, images: Sequence[Any], features: ReuseCache[torch.Tensor] | None = None
+) -> Prompt:
+    """A text and its images as the family writes them, the images encoded; UsageError if the model has no vision.
+
+    With `features`, an image that it holds is not encoded again.
+    """
     with torch.inference_mode():
-        spliced = model.image_prompt(text, images)
-    return Prompt(spliced.tokens, Embeddings(np.flatnonzero(spliced.is_image.numpy()), spliced.embeddings))
+        spliced = model.image_prompt(text, images, features=features)
+    spans = tuple(Span(*span, key) for span, key in zip(spliced.spans, spliced.keys, strict=True))
+    return Prompt(spliced.tokens, Embeddings(np.flatnonzero(spliced.is_image.numpy()), spliced.embeddings, spans))
 
 
 def problem_prompt(model: Model, problem: Problem) -> Prompt:
@@ -230,7 +237,13 @@ def problem_prompt(model: Model, problem: Problem) -> Prompt:
 
 @overload
 def generate(
-    model: Model, prompts: str, policy: str | CachePolicy = ..., *, images: Sequence[Any] | None = ..., **settings: Any
+    model: Model,
+    prompts: str,
+    policy: str | CachePolicy = ...,
+    *,
+    images: Sequence[Any] | None = ...,
+    features: ReuseCache[torch.Tensor] | None = ...,
+    **settings: Any,
 ) -> Output: ...
 @overload
 def generate(
@@ -239,6 +252,7 @@ def generate(
     policy: str | CachePolicy = ...,
     *,
     images: Sequence[Any] | None = ...,
+    features: ReuseCache[torch.Tensor] | None = ...,
     **settings: Any,
 ) -> list[Output]: ...
 
@@ -249,6 +263,7 @@ def generate(
     policy: str | CachePolicy = "none",
     *,
     images: Sequence[Any] | None = None,
+    features: ReuseCache[torch.Tensor] | None = None,
     **settings: Any,
 ) -> Output | list[Output]:
     """Decode one prompt, or several.
@@ -259,6 +274,8 @@ def generate(
         policy: ``"none"``, ``"elastic(gamma=0.95)"``, or an instance.
         images: for one text its images (files, Pillow images, or tensors (3, height, width) of uint8); for a list of
             texts a list of such lists, empty where a text has none. A text may say by ``<image>`` where each goes.
+        features: ``dcache.ReuseCache(2**28)``, given to several calls, keeps what the vision part makes of images, so
+            that one that comes again is not encoded again. Tokens are the same with and without.
         settings: fields of `dcache.config.DecodeSettings`: gen_length, block_length, unmask, temperature, seed, ...
             `unmask` may also be an instance, which then keeps its own sampling.
 
@@ -277,7 +294,7 @@ def generate(
     shown = [images or ()] if isinstance(prompts, str) else [() for _ in many] if images is None else list(images)
     if len(shown) != len(many):
         raise UsageError(f"images has {len(shown)} lists for {len(many)} prompts; give one for each, empty or not")
-    ids = [_prompt(model, prompt, mine) for prompt, mine in zip(many, shown, strict=True)]
+    ids = [_prompt(model, prompt, mine, features) for prompt, mine in zip(many, shown, strict=True)]
     runner.reserve(ids)
     outputs: list[Output] = []
     for begin in range(0, len(ids), run.batch_size):
@@ -286,9 +303,11 @@ def generate(
     return outputs[0] if isinstance(prompts, str) else outputs
 
 
-def _prompt(model: Model, prompt: str | Sequence[int], images: Sequence[Any]) -> Prompt:
+def _prompt(
+    model: Model, prompt: str | Sequence[int], images: Sequence[Any], features: ReuseCache[torch.Tensor] | None
+) -> Prompt:
     if not len(images):
         return Prompt(prompt_ids(model, prompt))
     if not isinstance(prompt, str):
         raise UsageError("images go with a text, not with token ids; give the prompt as a text")
-    return image_prompt(model, prompt, images)
+    return image_prompt(model, prompt, images, features)

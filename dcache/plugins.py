@@ -49,6 +49,7 @@ class BuiltIns:
         from dcache.policies.spa import SPACache
         from dcache.policies.sparse_dllm import SparseDLLM
         from dcache.policies.suffix import Suffix
+        from dcache.policies.vlcache import VLCache
 
         register("none", NoCache)
         register("elastic", ElasticCache)
@@ -61,6 +62,7 @@ class BuiltIns:
         register("es-dllm", ESDLLM)
         register("sparse-dllm", SparseDLLM)
         register("spa", SPACache)
+        register("vlcache", VLCache)
 
     @hookimpl
     def register_unmaskers(self, register: Register) -> None:

@@ -55,16 +55,32 @@ class Moment(NamedTuple):
     eos_id: int
 
 
+class Span(NamedTuple):
+    """Consecutive rows of a prompt whose embeddings are known by their content, such as those of an image.
+
+    Attributes:
+        start: first position.
+        stop: the position behind the last.
+        key: the same for the same embeddings, in any prompt.
+    """
+
+    start: int
+    stop: int
+    key: str
+
+
 class Embeddings(NamedTuple):
     """Prompt rows of a sequence that start from an embedding and not from a token, such as those of an image.
 
     Attributes:
         positions: (k,) int64, ascending.
         values: (k, d_model), on the device of the model.
+        spans: parts of these positions that may come again in other prompts, ascending.
     """
 
     positions: Ints
     values: Tensor
+    spans: tuple[Span, ...] = ()
 
 
 class State:

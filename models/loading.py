@@ -10,7 +10,7 @@ No code from a checkpoint runs: no Python file is downloaded, pickled weights ar
 import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
@@ -29,6 +29,7 @@ from dcache.models.llada_v import LLaDAV
 from dcache.models.tokenizer import Tokenizer
 from dcache.models.transformer import ModelSpec, Transformer
 from dcache.models.vision import Spliced, Vision, VisionSpec, image_ids, open_image
+from dcache.reuse import ReuseCache
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,6 +99,7 @@ class Model:
         images: "Sequence[str | PathLike[str] | Image | Tensor]",
         *,
         drop_first: bool = True,
+        features: ReuseCache[Tensor] | None = None,
     ) -> Spliced:
         """A prompt with images: the published conversation around one user turn, with the rows of the images in it.
 
@@ -105,6 +107,7 @@ class Model:
             text: as for `prompt_ids`. It may say where the images go, by one ``<image>`` for each; else they go first.
             images: files, Pillow images, or tensors (3, height, width) of uint8.
             drop_first: leave out the token behind each image, as the published code does; see `image_ids`.
+            features: keeps the rows of images by content, so that one that comes again is not encoded again.
 
         Raises:
             UsageError: if the model has no vision, an image cannot be read, their number does not fit the text, or the
@@ -114,7 +117,10 @@ class Model:
             raise UsageError(f"model {self.name!r} takes no images: it has no vision part; load a LLaDA-V")
         messages = self.vision.messages(text, len(images))
         ids = image_ids(self._tokenizer(), messages, drop_first=drop_first)
-        return self.vision.splice(ids, self.vision.features([open_image(image) for image in images]))
+        tiles = self.vision.tiles([open_image(image) for image in images])
+        keys = self.vision.keys(tiles)
+        rows = [self.vision.recall(key, one, features) for key, one in zip(keys, tiles, strict=True)]
+        return replace(self.vision.splice(ids, rows), keys=tuple(keys))
 
     def text(self, ids: Sequence[int]) -> str:
         """Text of generated ids up to the first end token."""

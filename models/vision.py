@@ -28,6 +28,7 @@ from torch.nn.functional import interpolate
 from dcache.errors import UsageError
 from dcache.models.files import one_line
 from dcache.models.tokenizer import Message, Tokenizer
+from dcache.reuse import ReuseCache, content_key
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,6 +38,7 @@ PLACEHOLDER = "<image>"  # and this among text
 _SHRINK_ABOVE = 1.1  # how much longer than allowed the sides of a map may be before it is shrunk
 _CANVAS = (0, 0, 0)
 _SQUARE = (127, 127, 127)
+_SAMPLE = 64  # values of each parameter that tell models apart
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,15 @@ class Spliced:
         tokens: the id of every row; image rows hold `VisionSpec.stand_in`.
         is_image: (rows,) bool on the CPU.
         embeddings: (image rows, d_model), in order, on the model's device.
+        spans: of each image its first row and the row behind its last.
+        keys: of each image what `Vision.keys` says, where the prompt was made of images.
     """
 
     tokens: list[int]
     is_image: Tensor
     embeddings: Tensor
+    spans: tuple[tuple[int, int], ...] = ()
+    keys: tuple[str, ...] = ()
 
     def embed(self, embedding: Tensor) -> Tensor:
         """Embeddings of all rows (rows, d_model), from those of the vocabulary (vocab, d_model)."""
@@ -292,6 +298,25 @@ class Vision(nn.Module):
         """The rows (rows, d_model) of each image of one prompt."""
         return [self.encode(tiles) for tiles in self.tiles(images)]
 
+    def keys(self, images: Sequence[Tiles]) -> list[str]:
+        """What the rows of each image follow from, as a hash: its pixels, size and grid, the rules, and the weights.
+
+        Of the weights it is a sample of every parameter, read anew, since they may have been trained in between.
+        """
+        sample = torch.cat([parameter.flatten()[:_SAMPLE] for parameter in self.parameters()])
+        model = content_key(self.spec, sample)
+        return [content_key(model, tiles.size, tiles.grid, tiles.pixels) for tiles in images]
+
+    def recall(self, key: str, tiles: Tiles, cache: ReuseCache[Tensor] | None) -> Tensor:
+        """The rows of one image, from the cache if its key is there; they go into it if not."""
+        if cache is None:
+            return self.encode(tiles)
+        rows = cache.get(key)
+        if rows is None:
+            rows = self.encode(tiles)
+            cache.put(key, rows, rows.nbytes)
+        return rows
+
     def merge(self, rows: Tensor, tiles: Tiles) -> Tensor:
         """Join the projected rows (tiles, side * side, d_model) of an image to (rows, d_model)."""
         if tiles.grid is None:
@@ -313,8 +338,10 @@ class Vision(nn.Module):
         rest = iter(features)
         tokens: list[int] = []
         is_image: list[bool] = []
+        spans: list[tuple[int, int]] = []
         for i in ids:
             n_rows = len(next(rest)) if i == IMAGE else 1
+            spans += [(len(tokens), len(tokens) + n_rows)] if i == IMAGE else []
             tokens += [self.spec.stand_in if i == IMAGE else i] * n_rows
             is_image += [i == IMAGE] * n_rows
         if len(tokens) > self.spec.max_rows:
@@ -323,7 +350,8 @@ class Vision(nn.Module):
                 f"{self.spec.max_rows}. Shorten the text or give fewer images"
             )
         empty = self.newline.new_empty(0, self.spec.d_model)
-        return Spliced(tokens, torch.tensor(is_image, dtype=torch.bool), torch.cat([empty, *features]))
+        image_rows = torch.cat([empty, *features])
+        return Spliced(tokens, torch.tensor(is_image, dtype=torch.bool), image_rows, tuple(spans))
 
     def messages(self, text: str, n_images: int) -> list[dict[str, str]]:
         """The published conversation: the system turn and a user's turn, which starts with its images.

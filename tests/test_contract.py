@@ -1,8 +1,8 @@
 """The contract and the engine that keeps it: one small policy per way of using it, and what is refused.
 
 Each policy has a configuration in which it must commit what no cache (or its inner policy) does. They are smaller than
-the published methods that use the contract so, and `Deep` and `Reuse` stand for methods that are not built;
-``docs/explanation/contract.md`` walks through both.
+the published methods that use the contract so, and `Deep` stands for a method that is not built;
+``docs/explanation/contract.md`` walks through it.
 """
 
 from collections.abc import Mapping
@@ -200,7 +200,7 @@ class Halving(CachePolicy):
 
 
 class Reuse(CachePolicy):
-    """VLCache: keys and values of a prompt span come from an earlier request; only a share of them is recomputed."""
+    """Keys and values of a prompt span come from an earlier request; only a share of them is recomputed."""
 
     class Config(PolicyConfig):
         anchors: int = 0

@@ -33,7 +33,7 @@ POLICIES += [
 ]
 POLICIES += ["suffix(window=2)", "suffix(inner=elastic(gamma=0.95),window=1)", "freecache(block_length=4)"]
 POLICIES += ["es-dllm(first=0,second=1)", "dllm-cache(prompt_interval=3,gen_interval=4)"]
-POLICIES += ["spa(interval=5,gen_interval=3,rank=4)", "spa(border=repaired,ratios=0.5)"]
+POLICIES += ["spa(interval=5,gen_interval=3,rank=4)", "spa(border=repaired,ratios=0.5)", "vlcache"]
 POLICIES += [
     "d2(current_k=3,inflate_w=2)",
     "d2(current_k=5,rollout_p=0.3,confidence=latest,search=blocks,nucleus=above)",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dcache
-from dcache import Problem, Task, UsageError
+from dcache import Problem, ReuseCache, Task, UsageError
 from dcache.calls import split_list
 from dcache.cli import main
 from dcache.generate import image_prompt
@@ -118,3 +118,33 @@ def test_results_of_another_image_are_not_taken_over(model, tmp_path):
     dcache.compare(model, ["dkv"], First(), out=tmp_path, **SMALL)
     with pytest.raises(UsageError, match="another prompt or answer of problem 'one'"):
         dcache.compare(model, ["dkv"], Changed(), out=tmp_path, **SMALL)
+
+
+def test_an_image_in_the_feature_cache_is_not_encoded_again_and_the_tokens_stay(model, monkeypatch):
+    features, encoded, encode = ReuseCache(2**20), [], type(model.vision).encode
+
+    def counting(vision, tiles):
+        encoded.append(tiles)
+        return encode(vision, tiles)
+
+    monkeypatch.setattr(type(model.vision), "encode", counting)
+    for images in ([picture(1)], [picture(1)], [picture(2), picture(1)], [picture(1), picture(2)]):
+        canvas = [dcache.generate(model, "what", images=images, features=f, **SMALL).canvas for f in (features, None)]
+        assert canvas[0] == canvas[1]
+    assert len(encoded) == 6 + 3  # picture 1 alone is cut into tiles, beside another one squared
+    assert (features.statistics["hits"], features.statistics["misses"]) == (3, 3)
+
+
+def test_rows_from_the_feature_cache_have_the_same_bits(model):
+    features = ReuseCache(2**20)
+    values = [image_prompt(model, "what", [picture(1)], f).embeddings.values for f in (features, features, None)]
+    assert features.statistics["hits"] == 1
+    assert (values[1] == values[2]).all()
+
+
+def test_each_image_of_a_prompt_is_a_span_of_its_own(model):
+    prompt = image_prompt(model, "<image><image> and <image>", [picture(1), picture(2), picture(1)])
+    first, second, third = prompt.embeddings.spans
+    assert first.stop == second.start < second.stop < third.start
+    assert first.key == third.key != second.key
+    assert [p for span in prompt.embeddings.spans for p in range(*span[:2])] == prompt.embeddings.positions.tolist()

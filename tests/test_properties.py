@@ -63,6 +63,7 @@ BUILT_INS: dict[str, Mapping[str, Any]] = {
     "sparse-dllm": {"equals": [("sparse-dllm(keep=1)", "fast-dllm(full_passes=2)")]},
     "sparse-dllm(inner=elastic,keep=0.4,kernel=none)": {"equals": [("sparse-dllm(inner=elastic,keep=1)", "elastic")]},
     "sparse-dllm(compact=true)": {"equals": [("sparse-dllm(compact=true)", "sparse-dllm")]},
+    "vlcache": {"equals": [("vlcache(inner=elastic)", "elastic"), ("vlcache(ratio=0)", "fast-dllm")]},
     "spa(interval=5,gen_interval=3,rank=4)": {"exact": ["spa(interval=1)", Exact("spa(rank=1)", **ONE_LAYER)]},
     "spa(border=repaired,ratios=0.5)": {"exact": Exact("spa(border=repaired,warm_up=0)", n_layers=1)},
 }

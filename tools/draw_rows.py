@@ -25,8 +25,9 @@ from torch import Tensor
 
 import dcache
 from dcache import Seen, State
-from dcache.generate import Runner, policy_of, settings_from, unmasker_of
+from dcache.generate import Prompt, Runner, policy_of, settings_from, unmasker_of
 from dcache.models.loading import Model
+from dcache.state import Embeddings, Span
 from dcache.trace import Trace
 from dcache.unmasking.base import Ask, Asked, Picks, Unmasker, Update
 
@@ -55,6 +56,7 @@ class Drawing:
     policy: str
     unmask: str = "low-confidence"
     model: str = "tiny-llada"
+    known: tuple[int, int] | None = None  # prompt rows that stand for an image of the request before, also decoded
 
 
 DRAWINGS = [
@@ -75,6 +77,7 @@ DRAWINGS = [
     Drawing("es-dllm", "es-dllm(first=0,second=1)"),
     Drawing("sparse-dllm", "sparse-dllm"),
     Drawing("spa", "spa(interval=16,gen_interval=6,max_ratio=0.5)"),
+    Drawing("vlcache", "vlcache(ratio=0.1)", known=(8, 40)),
 ]
 
 
@@ -148,11 +151,22 @@ def draw(drawing: Drawing, model: Model, order: list[list[int]] | None = None) -
     unmasker = unmasker_of(policy_of(drawing.policy), settings)
     if order is not None:
         unmasker = Replay(unmasker, order)
-    ids = model.prompt_ids(PROMPT)
-    trace = Runner(model, drawing.policy, settings, unmasker=unmasker, maps=True).run([ids])[0].trace
-    picture = Picture.of(trace, len(ids), SIZE["block_length"])
+    prompt = prompt_of(model, drawing.known)
+    runner = Runner(model, drawing.policy, settings, unmasker=unmasker, maps=True)
+    for _ in range(1 if drawing.known is None else 2):
+        trace = runner.run([prompt])[0].trace
+    picture = Picture.of(trace, len(prompt), SIZE["block_length"])
     title = f"{drawing.policy} on {drawing.model}, {drawing.unmask}"
     return svg(picture, title, f"{100 * trace.row_share:.0f} % of the row-layers of no cache")
+
+
+def prompt_of(model: Model, known: tuple[int, int] | None) -> Prompt:
+    """The prompt; with `known`, some of its rows start from embeddings, as those of an image do."""
+    ids = model.prompt_ids(PROMPT)
+    if known is None:
+        return Prompt(ids)
+    values = model.transformer.embed(torch.tensor(ids[slice(*known)]))
+    return Prompt(ids, Embeddings(np.arange(*known), values, (Span(*known, "image"),)))
 
 
 def order_of(svg_text: str) -> list[list[int]]:

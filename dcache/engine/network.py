@@ -231,9 +231,10 @@ class Network(Weights):
 
         Args:
             layer: number of the layer; rows become visible once the last layer has them.
-            rows: (batch, slots) bool, with the same number of rows in every sequence.
-            k: (batch, kv_heads, n, head_dim), rotated for these positions.
-            v: (batch, kv_heads, n, head_dim).
+            rows: (batch, slots) bool.
+            k: (batch, kv_heads, n, head_dim), rotated for these positions; n is the number of rows of the sequence that
+                has most, and others have zeros behind theirs.
+            v: (batch, kv_heads, n, head_dim), likewise.
         """
         if self.layers[layer].compact:
             raise UsageError("keys cannot be preloaded into a store that holds some of them; return None from capacity")

@@ -1,0 +1,66 @@
+"""Keys and values of a prompt span: taken from the stores of one request, put into those of another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcache.state import Span, State
+
+if TYPE_CHECKING:
+    from dcache.engine.layer import Layer
+    from dcache.engine.network import Network
+
+
+class Kept(NamedTuple):
+    """Keys and values of a span, each (layers, kv_heads, n, head_dim), keys rotated for positions from `start`."""
+
+    start: int
+    k: Tensor
+    v: Tensor
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of both."""
+        return self.k.nbytes + self.v.nbytes
+
+
+def keep(net: Network, b: int, span: Span) -> Kept:
+    """Copies of what sequence `b` has in its stores now; nothing is read by the host."""
+    where = (b, slice(None), slice(span.start, span.stop))
+    k, v = (torch.stack([layer.stores[name][where] for layer in net.layers]) for name in "KV")
+    return Kept(span.start, k, v)
+
+
+def preload(net: Network, state: State, hits: Sequence[tuple[int, Span, Kept]]) -> None:
+    """Put kept keys and values of sequences into a batch, in `begin`; keys are rotated by as much as a span moved."""
+    rows = np.zeros_like(state.valid)
+    for b, span, _ in hits:
+        rows[b, span.start : span.stop] = True
+    shape = (net.batch, net.spec.n_kv_heads, int(rows.sum(1).max()), net.spec.head_dim)
+    for index, layer in enumerate(net.layers if hits else ()):
+        k, v = (torch.zeros(shape, device=net.device, dtype=net.dtype) for _ in "kv")
+        for b, span, kept in hits:
+            begin = int(rows[b, : span.start].sum())
+            place = slice(begin, begin + span.stop - span.start)
+            k[b, :, place] = moved(layer, kept.k[index], span.start - kept.start)
+            v[b, :, place] = kept.v[index]
+        net.preload(index, rows, k, v)
+
+
+def moved(layer: Layer, k: Tensor, by: int) -> Tensor:
+    """Rotated keys (kv_heads, n, head_dim) as they are `by` positions further on; rotated in float32.
+
+    To the left, a rotation by a negative angle is one of the mirrored key by the positive angle, mirrored again.
+    """
+    if by == 0:
+        return k
+    mirror = torch.ones(k.shape[-1], device=k.device)
+    if by < 0:
+        mirror[k.shape[-1] // 2 :] = -1
+    where = torch.full((1, k.shape[1]), abs(by), dtype=torch.int64, device=k.device)
+    return (layer.rope((k.to(torch.float32) * mirror)[None], where)[0] * mirror).to(k.dtype)

@@ -1,0 +1,196 @@
+"""VLCache: an image that comes again brings its keys and values from the request in which it came first.
+
+VLCache, arXiv 2512.12977; the choice of rows to compute all the same, and the probe for it, are those of ACache, arXiv
+2608.26140. A filter: it takes rows out of every plan of an inner policy, which says when anything is computed.
+
+=======================  ===============================================================================
+KV cache, hash           ``spans``: keys and values by content (`Span.key`), weights and length
+``r``, ``rho``           ``ratio``: share of an image's rows that are computed all the same, rounded up
+first tokens (VLCache)   ``select=first``
+anchors (ACache)         ``select=mask-attention``: the rows that masks attend to most, all layers together
+probe forward (ACache)   the first pass of a request, without any row of a known image; `review` adds the anchors
+=======================  ===============================================================================
+
+A request with a new image keeps what its first pass found, if that pass computed all rows of the image. The same image
+elsewhere in a prompt is the same up to the rotation of its keys, which is made up for. Attention is bidirectional, so
+what was kept depends on the text of that first request, behind the image too: without anchors for all rows this is an
+approximation even if the whole prefix is the same, and results depend on the order of requests.
+
+Departures: the importance of a row is its share of the whole attention, where ACache restricts the softmax to it and
+its like. One set of rows serves all layers, where VLCache gives each layer a share of its own. Rows that predict the
+window are always computed. Text spans (ACache) are not reused.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dcache.arrays import Bools, highest
+from dcache.errors import UsageError
+from dcache.policy import CachePolicy, Filter, FilterConfig, Plan, Seen, State
+from dcache.reuse import ReuseCache, content_key
+from dcache.spans import Kept, keep, preload
+from dcache.state import Span
+
+if TYPE_CHECKING:
+    from dcache.engine.layer import Layer
+    from dcache.engine.network import Network, Weights
+    from dcache.models.transformer import ModelSpec
+    from dcache.unmasking.base import Unmasker
+
+NAME: Final = "vlcache"
+MASKS, ATTENTION = f"{NAME} masks", f"{NAME} attention"
+ROUNDS = 1e-9  # a share of 0.1 of 30 rows is 3 rows, not 4
+SAMPLE = 64  # values of each matrix that tell models apart
+
+
+class VLCache(Filter):
+    """Reuse of image keys and values across requests.
+
+    Args:
+        inner, config, knobs: as for every filter.
+        spans: what outlives a request, to be shared with other policy objects; its own by default.
+    """
+
+    class Config(FilterConfig):
+        """Knobs of `VLCache`."""
+
+        inner: str = Field("fast-dllm", description="the policy that is wrapped, written as everywhere")
+        ratio: float = Field(
+            0.05, ge=0, le=1, description="share of the rows of a known image that are computed all the same, 0 to 1"
+        )
+        select: Literal["mask-attention", "first"] = Field(
+            "mask-attention",
+            description="which rows: those that masks attend to most, for one pass more per request; or the first",
+        )
+        budget_mib: int = Field(
+            4096, ge=0, le=2**31 - 1, description="MiB of keys and values that outlive a request, on the model's device"
+        )
+
+    paper = "VLCache, arXiv 2512.12977; ACache, arXiv 2608.26140"
+    pairs_with = "threshold(threshold=0.9)"
+    exact = "inner=none,ratio=1"
+    config: Config
+    _sum: Tensor  # of a pass: what its masks attend to, layers so far; (batch, slots + 1)
+
+    def __init__(
+        self,
+        inner: CachePolicy | str | None = None,
+        config: Config | None = None,
+        *,
+        spans: ReuseCache[Kept] | None = None,
+        **knobs: Any,
+    ):
+        super().__init__(inner, config, **knobs)
+        self.spans = ReuseCache[Kept](self.config.budget_mib * 2**20) if spans is None else spans
+        self.saved = 0
+
+    @property
+    def statistics(self) -> dict[str, int]:
+        """Those of `spans`, and how many row-layers of inner plans were not computed."""
+        return {**self.spans.statistics, "saved_row_layers": self.saved}
+
+    def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:
+        """Outputs kept for every row are missing for one that was never computed."""
+        own = set(self.inner.stores(spec)) - {"H", "Q"}
+        if own:
+            return (
+                f"{self.inner.name} replays outputs of rows that it does not compute (stores {', '.join(sorted(own))}),"
+                " and a reused row has none; wrap a policy that computes the rows of its plans"
+            )
+        return super().refuses(spec, unmasker)
+
+    def prepare(self, weights: Weights) -> None:
+        """Tell models apart by a sample of every matrix."""
+        super().prepare(weights)
+        names, layers = ("q", "k", "v", "out", "gate", "up", "down"), range(weights.spec.n_layers)
+        sample = torch.cat([weights.weight(layer, name)[0, :SAMPLE] for layer in layers for name in names])
+        self.model = content_key(weights.spec, weights.device, sample)
+
+    @torch.inference_mode()
+    def begin(self, net: Network, state: State) -> None:
+        """Preload the images that came before; note the others."""
+        super().begin(net, state)
+        self.reused: Bools = np.zeros_like(state.valid)  # rows whose keys and values are those of another request
+        self.probing: Bools = np.zeros(state.batch, dtype=bool)  # sequences whose anchors have yet to be chosen
+        self.net: Network | None = None  # held until the images that were missed are kept
+        spans = [(b, span) for b, given in enumerate(state.embeddings) if given for span in given.spans]
+        if spans and net.layers[0].compact:
+            raise UsageError(f"policy {NAME!r} needs the keys of whole images, and inner={self.inner.name} frees some")
+        found = [(b, span, self.spans.get(self._key(span))) for b, span in spans if self.config.ratio < 1]
+        hits = [(b, span, kept) for b, span, kept in found if kept is not None]
+        self.known = [(b, span) for b, span, _ in hits]
+        self.missed = [(b, span) for b, span, kept in found if kept is None]
+        self.net = net if self.missed else None
+        for b, span in self.known:
+            anchors = self._count(span) if self.config.select == "first" else 0
+            self.reused[b, span.start + anchors : span.stop] = True
+            self.probing[b] = self.config.select != "first" and self._count(span) > 0
+        preload(net, state, hits)
+
+    def restrict(self, state: State, plan: Plan) -> Plan:
+        """All but the reused rows; in the probe, what masks attend to."""
+        if not self.known:
+            return plan
+        skipped = self.reused & ~state.needed
+        depth = state.spec.n_layers - (0 if plan.start is None else plan.start)
+        self.saved += int(((plan.row_mask & skipped & state.active[:, None]).sum(1) * depth).sum())
+        probe = bool(self.probing.any())
+        flags = {name: flag for name, flag in plan.flags.items() if name != MASKS}  # a review may hand on those of plan
+        flags |= {MASKS: state.masked & self.probing[:, None]} if probe else {}
+        sets = {name: mask & ~skipped for name, mask in plan.sets.items()}
+        marks = {**plan.marks, NAME: probe}
+        return replace(plan, row_mask=plan.row_mask & ~skipped, sets=sets, flags=flags, marks=marks)
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The inner layer; in the probe, attention of the masks per key, all layers together."""
+        out = self.inner.layer(at, rows, h)
+        if at.marks.get(NAME):
+            assert at.q is not None
+            assert at.q_rows is not None
+            received = at.received(at.q, at.flags[MASKS].gather(1, at.q_rows))
+            self._sum = self._sum + received if at.index else received
+            if at.last:
+                at.report(ATTENTION, self._sum, per_layer=False)
+        return out
+
+    @torch.inference_mode()
+    def review(self, state: State, plan: Plan, seen: Seen) -> Plan | None:
+        """After the first pass: keep what it found of new images; choose anchors of known ones, and compute them."""
+        self._keep(plan)
+        if not self.probing.any():
+            return super().review(state, plan, seen)
+        anchors, attention = np.zeros_like(self.reused), seen.reports[ATTENTION][:, :-1]
+        for b, span in self.known:
+            image = np.zeros_like(self.reused)
+            image[b, span.start : span.stop] = True
+            anchors |= highest(attention, image, self._count(span))
+        self.reused &= ~anchors
+        probed, self.probing = self.probing & state.active, np.zeros_like(self.probing)
+        again = super().review(state, plan, seen)
+        if again is not None:
+            return again
+        return self.restrict(state, replace(plan, row_mask=(plan.row_mask | anchors) & probed[:, None]))
+
+    def _keep(self, plan: Plan) -> None:
+        """Copy keys and values of the images that this pass computed."""
+        for b, span in self.missed if self.net is not None else ():
+            assert self.net is not None
+            if plan.row_mask[b, span.start : span.stop].all():
+                kept = keep(self.net, b, span)
+                self.spans.put(self._key(span), kept, kept.n_bytes)
+        self.missed, self.net = [], None
+
+    def _count(self, span: Span) -> int:
+        """Rows of a known image that are computed."""
+        return math.ceil(self.config.ratio * (span.stop - span.start) - ROUNDS)
+
+    def _key(self, span: Span) -> tuple[str, str, int]:
+        return self.model, span.key, span.stop - span.start
