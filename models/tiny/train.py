@@ -145,11 +145,8 @@ class Objective:
         # Row p - shift predicts position p; the prompt is never counted, so nothing that wraps round is.
         targets, weight = (x.roll(-model.spec.shift, dims=1) for x in (tokens, weight))
         if images is not None:
-            h, targets, weight = (
-                h[:, images.at + images.rows.shape[1] :],
-                targets[:, images.at :],
-                weight[:, images.at :],
-            )
+            h = h[:, images.at + images.rows.shape[1] :]
+            targets, weight = targets[:, images.at :], weight[:, images.at :]
         return self.head(model, h, targets, weight), torch.stack(bounds)
 
 

@@ -18,8 +18,7 @@ checkpoint.
 import argparse
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dcache.generate import generate
-from dcache.models.loading import Model, load_model
 from dcache.models.tiny.data_v import Batch, SceneCanvases, palette
 from dcache.models.tiny.llada_v import LLaDAVFormat, Tower
+from dcache.models.tiny.measure_v import measure
 from dcache.models.tiny.optimizers import clip_scores, lr_scale, make_optimizers, score_cap
 from dcache.models.tiny.recipe import Recipe
 from dcache.models.tiny.train import (
@@ -48,11 +46,8 @@ from dcache.models.tiny.train import (
 )
 from dcache.models.transformer import Transformer
 from dcache.models.vision import IMAGE, PLACEHOLDER, Vision
-from dcache.tasks.base import Problem
-from dcache.tasks.images import pillow
-from dcache.tasks.scenes import Scenes
 
-RECIPE = Recipe("llada-v", n_layers=6, mlp_size=640, batch=512, decay=0.8, score_cap_start=100.0)
+RECIPE = Recipe("llada-v", n_layers=6, mlp_size=640, vocab_size=464, batch=512, decay=0.8, score_cap_start=100.0)
 STATE = "state.pt"
 
 
@@ -176,38 +171,6 @@ def train(
             clock = time.monotonic() - kept
 
 
-def accuracy(model: Model, problems: Sequence[Problem], grey: bool, graphs: bool) -> dict[str, float]:
-    """Share of scenes answered right without a cache: of all, and of those that begin with the same word.
-
-    Args:
-        model: the checkpoint.
-        problems: with one image each.
-        grey: show a grey image instead of theirs.
-        graphs: whether the GPU may replay CUDA graphs, which pays for many problems.
-    """
-    images = [[pillow().new("RGB", p.images[0].size, (128,) * 3)] if grey else list(p.images) for p in problems]
-    texts = [problem.prompt for problem in problems]
-    outputs = generate(
-        model, texts, images=images, gen_length=Scenes.gen_length, batch_size=min(len(texts), 128), no_graphs=not graphs
-    )
-    right: dict[str, list[bool]] = defaultdict(list)
-    for problem, output in zip(problems, outputs, strict=True):
-        for name in ("all", " ".join(problem.prompt.split()[1:3]).lower()):
-            right[name].append(bool(Scenes().score(problem, output.text)))
-    return {name: round(sum(found) / len(found), 4) for name, found in sorted(right.items())}
-
-
-def measure(folder: Path, device: str, n_problems: int, graphs: bool) -> dict[str, Any]:
-    """Accuracy of a checkpoint on the test split, seed 0, in float32, with the images and with grey ones."""
-    model = load_model(folder, device=device, dtype="float32")
-    problems = Scenes().problems("test", n_problems, seed=0)
-    shares = {name: accuracy(model, problems, name == "grey", graphs) for name in ("image", "grey")}
-    for name, found in shares.items():
-        told = ", ".join(f"{kind} {share:.3f}" for kind, share in found.items())
-        print(f"accuracy on {n_problems} test scenes, {name}: {told}", flush=True)
-    return shares
-
-
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Recipe, Tower]:
     """The command line, the recipe, and the sizes of the tower."""
     parser = parser_of("Train a tiny LLaDA-V on scenes and save it in the published format.", {"llada-v": RECIPE})
@@ -234,7 +197,7 @@ def start_state(given: argparse.Namespace, sizes: dict[str, Any]) -> dict[str, A
     file = given.out / STATE
     if not file.exists():
         return None
-    state: dict[str, Any] = torch.load(file, map_location="cpu")
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     if state["sizes"] != sizes:
         raise SystemExit(f"{file} is of a training with other options: {state['sizes']}; remove it or repeat them")
     return state
@@ -247,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     state = start_state(given, sizes)
     source = given.out if state else given.init
     tokenizer = (
-        layout.read_tokenizer(source) if source else layout.train_tokenizer(recipe.seed, recipe.vocab_size, 4000)
+        layout.read_tokenizer(source) if source else layout.train_tokenizer(recipe.seed, recipe.vocab_size, 1000)
     )
     n_seen = state["progress"]["step"] * recipe.batch if state else 0
     batches = start_loading(layout, tokenizer, recipe, given.workers, n_seen)
@@ -271,12 +234,12 @@ def main(arguments: list[str] | None = None) -> None:
     def keep() -> None:
         save()
         training.save(given.out / STATE, sizes)
-        found = measure(given.out, given.device, given.look, graphs=False)
+        found = measure(given.out, given.device, given.look)
         training.accuracy[str(training.step)] = {name: share["all"] for name, share in found.items()}
 
     train(training, batches, given.steps, given.seconds, given.every, keep)
     save()  # first of all: measuring may still fail
-    record["accuracy"] = measure(given.out, given.device, given.problems, graphs=on_gpu)
+    record["accuracy"] = measure(given.out, given.device, given.problems)
     save()
     (given.out / STATE).unlink(missing_ok=True)
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
