@@ -54,10 +54,16 @@ def canvases(layout: Format, tokenizer: Tokenizer, problems: list[Problem]) -> I
     prompts = tokenizer.encode_batch([layout.render(problem.prompt) for problem in problems], add_special_tokens=False)
     solutions = tokenizer.encode_batch([problem.solution or "" for problem in problems], add_special_tokens=False)
     for prompt, solution in zip(prompts, solutions, strict=True):
-        seq = -(-(len(prompt.ids) + GsmMini.gen_length) // CANVAS_STEP) * CANVAS_STEP
-        tokens = [*prompt.ids, *solution.ids, turn_end]
-        if len(tokens) <= len(prompt.ids) + GsmMini.gen_length:
-            yield tokens + [eos] * (seq - len(tokens)), len(prompt.ids)
+        response = [*solution.ids, turn_end]
+        if len(response) <= GsmMini.gen_length:
+            yield filled(prompt.ids, response, eos, GsmMini.gen_length), len(prompt.ids)
+
+
+def filled(prompt: list[int], response: list[int], eos: int, gen_length: int) -> list[int]:
+    """A canvas for `gen_length` rows behind the prompt, and for more of them up to a multiple of `CANVAS_STEP`."""
+    seq = -(-(len(prompt) + gen_length) // CANVAS_STEP) * CANVAS_STEP
+    tokens = [*prompt, *response]
+    return tokens + [eos] * (seq - len(tokens))
 
 
 def choose_masks(n_prompt: Tensor, seq: int, block_share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

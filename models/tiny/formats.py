@@ -6,20 +6,24 @@ and the tensors go through `Family.slots`: nothing is written that the loader wo
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcache.models import tokenizer as reading
-from dcache.models.family import Family
+from dcache.models.family import Family, Slot
 from dcache.models.tiny.recipe import Recipe
 from dcache.models.tiny.tokenizer import learn, special_id
 from dcache.models.transformer import ModelSpec, Transformer
+from dcache.models.vision import Vision
+from dcache.tasks.gsm_mini import GsmMini
+
+TOWER = "siglip_vision_tower"
 
 
 class Format(ABC):
@@ -63,41 +67,73 @@ class Format(ABC):
         """``generation_config.json``; empty where it says nothing that counts."""
         return {}
 
+    def tower(self) -> dict[str, Any]:
+        """``config.json`` of the vision tower, in a folder of its own; empty without one."""
+        return {}
+
+    def texts(self, seed: int, n_problems: int) -> Iterator[str]:
+        """Texts of the train split, for the tokenizer."""
+        for index in range(n_problems):
+            problem = GsmMini().problem("train", index, seed)
+            yield from (problem.prompt, problem.solution or "")
+
     def train_tokenizer(self, seed: int, vocab_size: int = 512, n_problems: int = 20_000) -> Tokenizer:
         """Learn a tokenizer from the train split."""
-        return learn(self.split, self.specials, self.words, seed, vocab_size, n_problems)
+        return learn(self.split, self.specials, self.words, self.texts(seed, n_problems), vocab_size)
 
     def spec(self, recipe: Recipe, tokenizer: Tokenizer) -> ModelSpec:
         """The shape of the checkpoint."""
         config, generation = self.config(recipe, tokenizer), self.generation(tokenizer)
         return self.family.spec(config, generation, reading.Tokenizer(tokenizer))
 
-    def tensors(self, model: Transformer) -> dict[str, Tensor]:
+    def tensors(self, model: Transformer, vision: Vision | None = None) -> dict[str, Tensor]:
         """The weights under their published names, in bfloat16."""
-        parameters = dict(model.named_parameters())
         return {
-            name: parameters[slot.parameter][slot.rows or slice(None)].detach().to("cpu", torch.bfloat16, copy=True)
-            for name, slot in self.family.slots(model.spec).items()
+            name: part.detach().to("cpu", torch.bfloat16, copy=True)
+            for name, part in self._parts(model, vision).items()
         }
 
     def save(
-        self, model: Transformer, tokenizer: Tokenizer, recipe: Recipe, record: dict[str, Any], folder: Path
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        recipe: Recipe,
+        record: dict[str, Any],
+        folder: Path,
+        vision: Vision | None = None,
     ) -> None:
         """Write a checkpoint: config, weights, tokenizer and the record of the training."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", self.config(recipe, tokenizer))
         if generation := self.generation(tokenizer):
             write_json(folder / "generation_config.json", generation)
+        self.write_tower(folder)
         write_json(folder / "training.json", record)
         self.save_tokenizer(tokenizer, folder)
-        save_file(self.tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(self.tensors(model, vision), folder / "model.safetensors", metadata={"format": "pt"})
+
+    def write_tower(self, folder: Path) -> None:
+        """Write the tower's config, if there is a tower."""
+        if tower := self.tower():
+            (folder / TOWER).mkdir(exist_ok=True)
+            write_json(folder / TOWER / "config.json", tower)
 
     @torch.no_grad()
-    def restore(self, model: Transformer, folder: Path) -> None:
+    def restore(self, model: Transformer, folder: Path, vision: Vision | None = None) -> None:
         """Read the weights that `save` wrote back into a model of the same shape."""
-        tensors, parameters = load_file(folder / "model.safetensors"), dict(model.named_parameters())
-        for name, slot in self.family.slots(model.spec).items():
-            parameters[slot.parameter][slot.rows or slice(None)].copy_(tensors[name])
+        tensors = load_file(folder / "model.safetensors")
+        for name, part in self._parts(model, vision).items():
+            part.copy_(tensors[name])
+
+    def _parts(self, model: Transformer, vision: Vision | None) -> dict[str, Tensor]:
+        """Views of the parameters by published name."""
+        parts = _named(model, self.family.slots(model.spec))
+        return parts if vision is None else parts | _named(vision, self.family.vision_slots(vision.spec))
+
+
+def _named(module: nn.Module, slots: Mapping[str, Slot]) -> dict[str, Tensor]:
+    parameters = dict(module.named_parameters())
+    return {name: parameters[slot.parameter][slot.rows or slice(None)] for name, slot in slots.items()}
 
 
 def added_tokens(tokenizer: Tokenizer, specials: Sequence[str]) -> dict[str, dict[str, Any]]:

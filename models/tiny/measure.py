@@ -1,6 +1,7 @@
 """How accurate a tiny checkpoint is: a plain decoder, without a cache, and gsm-mini's test split."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer
 
 from dcache.models.tiny.formats import Format
 from dcache.models.transformer import Transformer
+from dcache.models.vision import Spliced
 from dcache.tasks.base import Problem
 from dcache.tasks.gsm_mini import GsmMini
 
@@ -22,19 +24,34 @@ def rounded(model: Transformer) -> Transformer:
 
 
 @torch.inference_mode()
-def decode(model: Transformer, prompts: list[list[int]], gen_length: int, block: int, per_step: int) -> list[list[int]]:
-    """Low-confidence decoding at temperature 0 without a cache, for measuring only; the generated ids."""
+def decode(
+    model: Transformer,
+    prompts: list[list[int]],
+    gen_length: int,
+    block: int,
+    per_step: int,
+    shown: Sequence[Spliced] = (),
+) -> list[list[int]]:
+    """Low-confidence decoding at temperature 0 without a cache, for measuring only; the generated ids.
+
+    With images, `shown` has the same prompts and the rows of their images.
+    """
     n_prompt = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[:, None]
     place = torch.arange(int(n_prompt.max()) + gen_length, device=model.device) - n_prompt  # (batch, seq)
     tokens = torch.full_like(place, model.spec.mask_id)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     valid = place < gen_length
+    is_image = torch.zeros_like(valid)
+    for row, spliced in zip(is_image, shown, strict=False):
+        row[: len(spliced.tokens)] = spliced.is_image
+    rows = torch.cat([model.embedding.new_empty(0, model.spec.d_model), *(spliced.embeddings for spliced in shown)])
     row_of = (torch.arange(place.shape[1], device=model.device) - model.spec.shift).clamp_min(0)
     for step in range(0, gen_length, per_step):
         end = step // block * block + block
         open_rows = (tokens == model.spec.mask_id) & (place >= 0) & (place < end)
-        logits = model(tokens, valid=valid)[:, row_of]
+        embeddings = model.embed(tokens).masked_scatter(is_image[..., None], rows)
+        logits = model(embeddings=embeddings, valid=valid)[:, row_of]
         confidence, best = logits.softmax(-1).max(-1)
         picks = confidence.masked_fill(~open_rows, -1).topk(per_step, dim=1).indices
         tokens.scatter_(1, picks, best.gather(1, picks))

@@ -1,5 +1,6 @@
 """Muon for matrices, AdamW for the rest, their schedule, and the bound on attention scores."""
 
+from collections import defaultdict
 from itertools import groupby
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from dcache.models.tiny.recipe import Recipe
 from dcache.models.transformer import Transformer
+from dcache.models.vision import Vision
 
 Parts = tuple[tuple[int, int], ...]  # a fused matrix from top to bottom: so many parts of so many rows
 
@@ -30,7 +32,8 @@ def orthogonalize(x: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose direction is orthogonalised; each parameter group holds matrices of one shape.
 
-    A fused matrix is orthogonalised in its `parts` (q, k and v; gate and up): they are different maps.
+    A fused matrix is orthogonalised in its `parts` (q, k and v; gate and up): they are different maps. The kernel of a
+    convolution is the matrix that a patch is multiplied with.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -40,13 +43,14 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # a closure is of no use here
         """Update all matrices."""
         for group in self.param_groups:
-            grads = torch.stack([p.grad for p in group["params"]])  # (n, rows, cols)
+            grads = torch.stack([p.grad.flatten(1) for p in group["params"]])  # (n, rows, cols)
             state = self.state[group["params"][0]]
             velocity = state.setdefault("velocity", torch.zeros_like(grads))
             velocity.lerp_(grads, 1 - group["momentum"])
             update = self._direction(grads.lerp(velocity, group["momentum"]), group["parts"])
             torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(group["params"], list(update.unbind()), alpha=-group["lr"])
+            parts = [part.view_as(p) for part, p in zip(update, group["params"], strict=True)]
+            torch._foreach_add_(group["params"], parts, alpha=-group["lr"])
 
     @staticmethod
     def _direction(x: Tensor, parts: Parts) -> Tensor:
@@ -58,8 +62,8 @@ class Muon(torch.optim.Optimizer):
         return torch.cat(done, dim=1)
 
 
-def make_optimizers(model: Transformer, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embedding, head, norms and biases."""
+def make_optimizers(model: Transformer, recipe: Recipe, vision: Vision | None = None) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, the tower and the projector; AdamW for embeddings, head, norms, biases."""
     spec = model.spec
     sizes = {
         "qkv": [spec.q_width, spec.kv_width, spec.kv_width],
@@ -74,12 +78,22 @@ def make_optimizers(model: Transformer, recipe: Recipe) -> list[torch.optim.Opti
         }
         for name, parts in sizes.items()
     ]
+    if vision is not None:
+        groups += _vision_groups(vision)
     hidden = {id(p) for group in groups for p in group["params"]}
-    rest = [p for p in model.parameters() if id(p) not in hidden]
+    rest = [p for part in (model, vision) if part for p in part.parameters() if id(p) not in hidden]
     return [
         Muon(groups, recipe.muon_lr, recipe.weight_decay),
         torch.optim.AdamW(rest, recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
+
+
+def _vision_groups(vision: Vision) -> list[dict[str, Any]]:
+    alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+    for name, parameter in vision.named_parameters():
+        if parameter.ndim > 1 and "position" not in name:
+            alike[parameter.shape].append(parameter)
+    return [{"params": parameters, "parts": ((1, shape[0]),)} for shape, parameters in alike.items()]
 
 
 def lr_scale(step: int, progress: float, recipe: Recipe) -> float:

@@ -1,14 +1,12 @@
-"""Byte-level BPE learned from gsm-mini, for a tiny checkpoint of any family.
+"""Byte-level BPE learned from the texts of a task, for a tiny checkpoint of any family.
 
 All 256 bytes are tokens, so any text can be encoded; the merges cover the words of the task.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-
-from dcache.tasks.gsm_mini import GsmMini
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
@@ -22,28 +20,23 @@ def learn(
     split: Callable[[Tokenizer], pre_tokenizers.PreTokenizer],
     specials: Sequence[str],
     words: Sequence[str],
-    seed: int,
+    texts: Iterable[str],
     vocab_size: int,
-    n_problems: int,
 ) -> Tokenizer:
-    """Learn merges from the train split; the special tokens take the last ids, as in published checkpoints.
+    """Learn merges from texts; the special tokens take the last ids, as in published checkpoints.
 
     Args:
         split: gives a bare BPE model its splitting and decoding, and returns what splits a text into words.
         specials: in order of id.
         words: of the chat template, learned as if they stood in every problem.
-        seed: of the problems.
+        texts: whose words are counted.
         vocab_size: with the special tokens.
-        n_problems: whose words are counted.
     """
     tokenizer = Tokenizer(models.BPE())
     splitter = split(tokenizer)
-    task = GsmMini()
     counts: Counter[str] = Counter()
-    for index in range(n_problems):
-        problem = task.problem("train", index, seed)
-        for text in (problem.prompt, problem.solution or ""):
-            counts.update(word for word, _ in splitter.pre_tokenize_str(text))
+    for text in texts:
+        counts.update(word for word, _ in splitter.pre_tokenize_str(text))
 
     def corpus() -> Iterator[str]:
         """Each word, its count damped, so that merges go to rare words too before they go to parts of common ones."""

@@ -68,6 +68,8 @@ from dcache.models.tiny.recipe import RECIPES, Recipe
 from dcache.models.transformer import Block, Transformer
 
 FORMATS: Mapping[str, Format] = {"llada": LLaDAFormat(), "dream": DreamFormat()}
+FIELDS = [name for name in asdict(Recipe()) if name != "family"]
+"""Of a recipe, those that are options of the command line."""
 
 
 def block_forward(block: Block, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +92,23 @@ def head_loss(model: Transformer, h: Tensor, targets: Tensor, weight: Tensor) ->
 
 
 @dataclass(frozen=True)
+class Images:
+    """What stands in the prompts for their images.
+
+    Attributes:
+        rows: (batch, rows, d_model).
+        at: the token that they stand before; no token before it is predicted.
+    """
+
+    rows: Tensor
+    at: int
+
+    def splice(self, h: Tensor) -> Tensor:
+        """Put the rows between those of the tokens (batch, seq, d_model)."""
+        return torch.cat([h[:, : self.at], self.rows.to(h.dtype), h[:, self.at :]], dim=1)
+
+
+@dataclass(frozen=True)
 class Objective:
     """The training loss: mean over sequences of the mean cross entropy of their counted rows.
 
@@ -105,8 +124,10 @@ class Objective:
     layer: Callable[[Block, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = block_forward
     head: Callable[[Transformer, Tensor, Tensor, Tensor], Tensor] = head_loss
 
-    def __call__(self, model: Transformer, tokens: Tensor, n_prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scalar loss of tokens (batch, seq) int64 with prompts of n_prompt (batch,) rows.
+    def __call__(
+        self, model: Transformer, tokens: Tensor, n_prompt: Tensor, images: Images | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scalar loss of tokens (batch, seq) int64 with prompts of n_prompt (batch,) tokens.
 
         The second result bounds the attention scores: (layers, kv_heads).
         """
@@ -114,7 +135,8 @@ class Objective:
         # As a product: the backward of indexing adds up the many rows of one token (mask, padding) one after another.
         seen = one_hot(tokens.masked_fill(masked, model.spec.mask_id), model.spec.vocab_size).to(model.dtype)
         h = linear(seen, model.embedding.T).to(model.dtype)
-        cos, sin = model.angles(torch.arange(tokens.shape[1], device=tokens.device)[None])
+        h = h if images is None else images.splice(h)
+        cos, sin = model.angles(torch.arange(h.shape[1], device=tokens.device)[None])
         bounds = []
         for block in model.blocks():
             h, bound = self.layer(block, h, cos, sin)
@@ -122,7 +144,39 @@ class Objective:
         weight = counted / counted.sum(1, keepdim=True) / len(tokens)
         # Row p - shift predicts position p; the prompt is never counted, so nothing that wraps round is.
         targets, weight = (x.roll(-model.spec.shift, dims=1) for x in (tokens, weight))
+        if images is not None:
+            h = h[:, images.at + images.rows.shape[1] :]
+            targets, weight = targets[:, images.at :], weight[:, images.at :]
         return self.head(model, h, targets, weight), torch.stack(bounds)
+
+
+def objective(recipe: Recipe, device: torch.device, compiled: bool) -> Objective:
+    """The objective of a recipe, its masks drawn from the recipe's seed."""
+    loss_of = Objective(recipe.block_share, torch.Generator(device).manual_seed(recipe.seed))
+    if not compiled:
+        return loss_of
+    torch._dynamo.config.recompile_limit = 64  # one graph per canvas length
+    layer, head = torch.compile(block_forward, dynamic=False), torch.compile(head_loss, dynamic=False)
+    return replace(loss_of, layer=layer, head=head)
+
+
+def rates(optimizers: list[torch.optim.Optimizer]) -> list[list[float]]:
+    """The learning rate of every parameter group."""
+    return [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], base: list[list[float]], scale: float) -> None:
+    """Set the learning rate of every parameter group to `scale` times its base."""
+    for optimizer, lrs in zip(optimizers, base, strict=True):
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr * scale
+
+
+def descend(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Update the weights and drop the gradients."""
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def train(
@@ -135,12 +189,9 @@ def train(
 ) -> dict[str, Any]:
     """Train in place until `n_steps` or `seconds` are over, whichever is first; the schedule follows both."""
     device = model.device
-    loss_of = Objective(recipe.block_share, torch.Generator(device).manual_seed(recipe.seed))
-    if compiled:
-        layer, head = torch.compile(block_forward, dynamic=False), torch.compile(head_loss, dynamic=False)
-        loss_of = replace(loss_of, layer=layer, head=head)
+    loss_of = objective(recipe, device, compiled)
     optimizers = make_optimizers(model, recipe)
-    base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    base = rates(optimizers)
     losses: dict[str, float] = {}
     running = torch.zeros((), device=device)
     step, since, start = 0, 0, time.monotonic()
@@ -149,16 +200,12 @@ def train(
         progress = max(step / n_steps if n_steps else 0.0, elapsed / seconds if seconds else 0.0)
         if progress >= 1:
             break
-        for optimizer, rates in zip(optimizers, base, strict=True):
-            for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = lr * lr_scale(step, progress, recipe)
+        set_rates(optimizers, base, lr_scale(step, progress, recipe))
         tokens, n_prompt = (torch.from_numpy(part).to(device, non_blocking=True).long() for part in next(batches))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss, bounds = loss_of(model, tokens, n_prompt)
         loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        descend(optimizers)
         clip_scores(model, bounds, score_cap(progress, recipe))
         running += loss.detach()
         step += 1
@@ -173,7 +220,17 @@ def train(
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     """The command line, and the recipe: the family's, with what was given."""
-    parser = argparse.ArgumentParser(description="Train a tiny model on gsm-mini and save it in the published format.")
+    parser = parser_of("Train a tiny model on gsm-mini and save it in the published format.", RECIPES)
+    parser.add_argument(
+        "--family", choices=RECIPES, default="llada", help="whose layout; it decides the defaults below"
+    )
+    given = parser.parse_args(arguments)
+    return given, chosen(parser, given, RECIPES[given.family])
+
+
+def parser_of(description: str, recipes: Mapping[str, Recipe]) -> argparse.ArgumentParser:
+    """The options of every training: what a call does, and the fields of a recipe."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, created if missing")
     parser.add_argument("--init", type=Path, help="start from this checkpoint; give a new --seed")
     parser.add_argument("--steps", type=int, help="training steps")
@@ -184,20 +241,19 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Recip
     parser.add_argument("--problems", type=int, default=500, help="test problems to measure the accuracy on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="run the layers uncompiled")
-    parser.add_argument(
-        "--family", choices=RECIPES, default="llada", help="whose layout; it decides the defaults below"
-    )
-    names = [name for name in asdict(Recipe()) if name != "family"]
-    for name in names:
-        defaults = ", ".join(dict.fromkeys(str(getattr(recipe, name)) for recipe in RECIPES.values()))
+    for name in FIELDS:
+        defaults = ", ".join(dict.fromkeys(str(getattr(recipe, name)) for recipe in recipes.values()))
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=type(getattr(Recipe(), name)), help=f"(default {defaults})"
         )
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def chosen(parser: argparse.ArgumentParser, given: argparse.Namespace, recipe: Recipe) -> Recipe:
+    """A recipe with what was given on the command line."""
     if not (given.steps or given.seconds):
         parser.error("give --steps, --seconds or both")
-    changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-    return given, replace(RECIPES[given.family], **changes)
+    return replace(recipe, **{name: getattr(given, name) for name in FIELDS if getattr(given, name) is not None})
 
 
 def start_loading(layout: Format, tokenizer: Tokenizer, recipe: Recipe, workers: int) -> Iterator[Any]:
@@ -234,7 +290,6 @@ def main(arguments: list[str] | None = None) -> None:
         layout.read_tokenizer(given.init) if given.init else layout.train_tokenizer(recipe.seed, recipe.vocab_size)
     )
     batches = start_loading(layout, tokenizer, recipe, given.workers)
-    torch._dynamo.config.recompile_limit = 64  # one graph per canvas length
     model = Transformer(layout.spec(recipe, tokenizer), given.device).init_random(recipe.seed)
     if given.init:
         layout.restore(model, given.init)
