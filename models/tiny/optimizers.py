@@ -63,7 +63,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: Transformer, recipe: Recipe, vision: Vision | None = None) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, the tower and the projector; AdamW for embeddings, head, norms, biases."""
+    """Muon for the matrices of the layers and of the tower; AdamW for everything that surrounds them.
+
+    The projector is trained slowly and decays: its rows are normalised wherever they are read, so nothing else holds
+    their size, and under Muon they became thousands of times as large as those of tokens.
+    """
     spec = model.spec
     sizes = {
         "qkv": [spec.q_width, spec.kv_width, spec.kv_width],
@@ -80,8 +84,13 @@ def make_optimizers(model: Transformer, recipe: Recipe, vision: Vision | None = 
     ]
     if vision is not None:
         groups += _vision_groups(vision)
-    hidden = {id(p) for group in groups for p in group["params"]}
-    rest = [p for part in (model, vision) if part for p in part.parameters() if id(p) not in hidden]
+    slow = [] if vision is None else list(vision.projector.parameters())
+    taken = {id(p) for p in slow} | {id(p) for group in groups for p in group["params"]}
+    rest: list[dict[str, Any]] = [
+        {"params": [p for part in (model, vision) if part for p in part.parameters() if id(p) not in taken]}
+    ]
+    if slow:
+        rest.append({"params": slow, "lr": recipe.adam_lr / 3, "weight_decay": 0.1})
     return [
         Muon(groups, recipe.muon_lr, recipe.weight_decay),
         torch.optim.AdamW(rest, recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
@@ -89,8 +98,9 @@ def make_optimizers(model: Transformer, recipe: Recipe, vision: Vision | None = 
 
 
 def _vision_groups(vision: Vision) -> list[dict[str, Any]]:
+    """The matrices of the tower, by shape."""
     alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    for name, parameter in vision.named_parameters():
+    for name, parameter in vision.tower.named_parameters():
         if parameter.ndim > 1 and "position" not in name:
             alike[parameter.shape].append(parameter)
     return [{"params": parameters, "parts": ((1, shape[0]),)} for shape, parameters in alike.items()]
