@@ -1,11 +1,12 @@
-"""How far rows turned: ``cos[b, i] = x . y / (max(|x|, 1e-8) max(|y|, 1e-8))`` of row i of lane b, in float32.
+"""How far rows turned: ``cos[b, i] = u . v`` with ``u = x / max(|x|, 1e-8)``, ``v`` likewise, of row i of lane b, in float32.
 
-A row of heads is one vector, all heads side by side.
+It is computed as ``(|u|^2 + |v|^2 - |u - v|^2) / 2``, where the first two are 1. Rows that hardly turned differ in their
+distance, which float32 holds to seven digits of its own; a sum of products near 1 is off by more than they differ. A row
+of heads is one vector, all heads side by side.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from dcache.kernels.backend import tl, triton, use_triton
 
@@ -16,8 +17,14 @@ TILE = 2048  # elements of a row that a program reads at once
 def cosine_ref(x: Tensor, y: Tensor) -> Tensor:
     """The torch twin of `cosine`."""
     rows = (z.transpose(1, 2).flatten(2) if z.dim() == 4 else z for z in (x, y))
-    one, other = (row.to(torch.float32) for row in rows)
-    return cosine_similarity(one, other, dim=-1, eps=SMALLEST_NORM)
+    units, squares = [], []
+    for row in rows:
+        row = row.to(torch.float32)
+        norm = row.norm(dim=-1, keepdim=True)
+        units.append(row / norm.clamp_min(SMALLEST_NORM))
+        squares.append((norm / SMALLEST_NORM).clamp_max(1).square())
+    distance = (units[0] - units[1]).square().sum(-1, keepdim=True)
+    return ((squares[0] + squares[1] - distance) / 2).squeeze(-1)
 
 
 def cosine_triton(x: Tensor, y: Tensor) -> Tensor:
@@ -77,7 +84,6 @@ def _cosine_kernel(
 ):
     i_n, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     p_x, p_y = x + i_b * stride_x_b + i_n * stride_x_n, y + i_b * stride_y_b + i_n * stride_y_n
-    b_both = tl.zeros((BLOCK_HEADS, BLOCK_WIDTH), tl.float32)
     b_xx = tl.zeros((BLOCK_HEADS, BLOCK_WIDTH), tl.float32)
     b_yy = tl.zeros((BLOCK_HEADS, BLOCK_WIDTH), tl.float32)
     for i_h in range(0, heads, BLOCK_HEADS):
@@ -87,8 +93,20 @@ def _cosine_kernel(
             m = (o_h < heads) & (o_w < width)
             b_x = tl.load(p_x + o_h * stride_x_h + o_w * stride_x_w, mask=m, other=0.0).to(tl.float32)
             b_y = tl.load(p_y + o_h * stride_y_h + o_w * stride_y_w, mask=m, other=0.0).to(tl.float32)
-            b_both += b_x * b_y
             b_xx += b_x * b_x
             b_yy += b_y * b_y
-    b_norms = tl.maximum(tl.sqrt(tl.sum(b_xx)), SMALLEST) * tl.maximum(tl.sqrt(tl.sum(b_yy)), SMALLEST)
-    tl.store(out + i_b * tl.num_programs(0) + i_n, tl.sum(b_both) / b_norms)
+    norm_x, norm_y = tl.sqrt_rn(tl.sum(b_xx)), tl.sqrt_rn(tl.sum(b_yy))
+    over_x, over_y = tl.maximum(norm_x, SMALLEST), tl.maximum(norm_y, SMALLEST)
+    b_zz = tl.zeros((BLOCK_HEADS, BLOCK_WIDTH), tl.float32)
+    for i_h in range(0, heads, BLOCK_HEADS):
+        o_h = (i_h + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
+        for i_w in range(0, width, BLOCK_WIDTH):
+            o_w = i_w + tl.arange(0, BLOCK_WIDTH)[None, :]
+            m = (o_h < heads) & (o_w < width)
+            b_x = tl.load(p_x + o_h * stride_x_h + o_w * stride_x_w, mask=m, other=0.0).to(tl.float32)
+            b_y = tl.load(p_y + o_h * stride_y_h + o_w * stride_y_w, mask=m, other=0.0).to(tl.float32)
+            b_z = b_x / over_x - b_y / over_y
+            b_zz += b_z * b_z
+    short_x, short_y = tl.minimum(norm_x / SMALLEST, 1.0), tl.minimum(norm_y / SMALLEST, 1.0)
+    cos = (short_x * short_x + short_y * short_y - tl.sum(b_zz)) / 2
+    tl.store(out + i_b * tl.num_programs(0) + i_n, cos)
