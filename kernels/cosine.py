@@ -1,8 +1,8 @@
-"""How far rows turned: ``cos[b, i] = u . v`` with ``u = x / max(|x|, 1e-8)``, ``v`` likewise, of row i of lane b, in float32.
+"""How far rows turned: ``cos[b, i] = u . v`` with ``u = x / max(|x|, 1e-8)`` and ``v`` likewise, in float32.
 
-It is computed as ``(|u|^2 + |v|^2 - |u - v|^2) / 2``, where the first two are 1. Rows that hardly turned differ in their
-distance, which float32 holds to seven digits of its own; a sum of products near 1 is off by more than they differ. A row
-of heads is one vector, all heads side by side.
+It is computed as ``(|u|^2 + |v|^2 - |u - v|^2) / 2``, where the first two are 1. Rows that hardly turned differ in
+their distance, which float32 holds to seven digits of its own; a sum of products near 1 is off by more than they
+differ. A row of heads is one vector, all heads side by side.
 """
 
 import torch

@@ -14,8 +14,9 @@ Pixels are computed with integers, without Pillow's drawing: every version of Pi
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from random import Random
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -152,35 +153,76 @@ def _position(rng: Random) -> Asked:
 QUESTIONS: tuple[Callable[[Random], Asked], ...] = (_count, _sum, _position)
 
 
-def _mask(thing: Thing, rng: Random) -> npt.NDArray[np.bool_]:
-    """The pixels of a thing: a shape of 16 to 26 pixels, a digit of 10 by 14 or 15 by 21."""
-    if thing.digit is not None:
-        glyph = np.array([[pixel == "#" for pixel in row] for row in GLYPHS[thing.digit].split()])
-        scale = rng.randint(2, 3)
-        return glyph.repeat(scale, axis=0).repeat(scale, axis=1)
-    size = rng.randint(16, 26)
+class Placed(NamedTuple):
+    """A thing in the picture: its `size`, and the top left corner of its mask within its cell, in pixels."""
+
+    thing: Thing
+    size: int
+    top: int
+    left: int
+
+
+def sizes(thing: Thing) -> tuple[int, int]:
+    """The smallest and the largest size: the side of a shape in pixels, or pixels per dot of a digit."""
+    return (2, 3) if thing.digit else (16, 26)
+
+
+@cache
+def mask(kind: str, digit: int | None, size: int) -> npt.NDArray[np.bool_]:
+    """The pixels of a thing: a shape of `size` by `size`, a digit of five by seven dots."""
+    if digit is not None:
+        glyph = np.array([[pixel == "#" for pixel in row] for row in GLYPHS[digit].split()])
+        return glyph.repeat(size, axis=0).repeat(size, axis=1)
     across = 2 * np.arange(size) - size + 1  # twice the distance from the middle
-    if thing.kind == "circle":
+    if kind == "circle":
         return across[:, None] ** 2 + across**2 <= size**2
-    if thing.kind == "triangle":
+    if kind == "triangle":
         return abs(across) <= np.arange(size)[:, None] + 1  # tip up, as wide as high at the foot
     return np.ones((size, size), bool)
 
 
-def draw(cells: Cells, rng: Random) -> Any:
-    """Draw an RGB Pillow image; `rng` chooses the size of each thing, and its place near the middle of its cell."""
+def place(cells: Cells, rng: Random) -> tuple[Placed | None, ...]:
+    """Draw the size of each thing, and its place near the middle of its cell."""
+
+    def placed(thing: Thing) -> Placed:
+        size = rng.randint(*sizes(thing))
+        corner = []
+        for side in mask(thing.kind, thing.digit, size).shape:
+            margin = (CELL - side) // 2  # at least 3: things touch no grid line
+            corner.append(margin + rng.randint(-min(3, margin - 2), min(3, margin - 2)))
+        return Placed(thing, size, *corner)
+
+    return tuple(placed(thing) if thing else None for thing in cells)
+
+
+def paint(placed: tuple[Placed | None, ...]) -> Any:
+    """The RGB Pillow image of a scene."""
     pixels = np.full((SIDE * CELL, SIDE * CELL, 3), WHITE, np.uint8)
     pixels[CELL::CELL] = pixels[:, CELL::CELL] = GREY
-    for cell, thing in enumerate(cells):
-        if thing is not None:
-            mask = _mask(thing, rng)
-            corner = []
-            for size, line in zip(mask.shape, divmod(cell, SIDE), strict=True):
-                margin = (CELL - size) // 2  # at least 3: things touch no grid line
-                corner.append(line * CELL + margin + rng.randint(-min(3, margin - 2), min(3, margin - 2)))
-            top, left = corner
-            pixels[top : top + mask.shape[0], left : left + mask.shape[1]][mask] = COLOURS[thing.colour]
+    for cell, found in enumerate(placed):
+        if found is not None:
+            shape = mask(found.thing.kind, found.thing.digit, found.size)
+            top, left = (line * CELL + at for line, at in zip(divmod(cell, SIDE), found[2:], strict=True))
+            pixels[top : top + shape.shape[0], left : left + shape.shape[1]][shape] = COLOURS[found.thing.colour]
     return pillow().frombytes("RGB", (SIDE * CELL, SIDE * CELL), pixels.tobytes())
+
+
+class Scene(NamedTuple):
+    """A problem before its image is painted."""
+
+    name: str
+    asked: Asked
+    placed: tuple[Placed | None, ...]
+
+    @property
+    def prompt(self) -> str:
+        """The user turn, a placeholder for the image."""
+        return f"{PLACEHOLDER}\n{self.asked.question}"
+
+    @property
+    def solution(self) -> str:
+        """What a model should write."""
+        return f"{self.asked.worked} #### {self.asked.answer}"
 
 
 class Scenes(Task):
@@ -198,14 +240,17 @@ class Scenes(Task):
 
     def problem(self, split: str, index: int, seed: int) -> Problem:
         """Return one problem, a function of (split, index, seed) alone."""
+        scene = self.scene(split, index, seed)
+        return Problem(scene.name, scene.prompt, scene.asked.answer, scene.solution, (paint(scene.placed),))
+
+    def scene(self, split: str, index: int, seed: int) -> Scene:
+        """What `problem` paints."""
         name = f"scenes/{split}/{seed}/{index}"
         rng = Random(name)
         while True:
             asked = rng.choice(QUESTIONS)(rng)
             if in_test(", ".join(map(str, asked.cells))) == (split == "test"):
-                solution = f"{asked.worked} #### {asked.answer}"
-                image = draw(asked.cells, rng)
-                return Problem(name, f"{PLACEHOLDER}\n{asked.question}", asked.answer, solution, (image,))
+                return Scene(name, asked, place(asked.cells, rng))
 
     def score(self, problem: Problem, text: str) -> bool | None:
         """Compare what follows the first ``####`` of the text with the reference, as a number or as words."""

@@ -9,6 +9,10 @@ in the prompts. Tower, projector, newline row and transformer are trained togeth
 published code gives it to the model twice, once as the squeezed whole and once line by line: the tower reads it once,
 and its rows are laid out twice.
 
+A tower from random weights has no reason to see: for long, the text alone is what the objective learns. So a
+classifier, thrown away after the training, names what each cell holds from the mean of its rows, and its loss is added.
+A published LLaDA-V has a pretrained tower in its place.
+
 Every `--every` seconds the checkpoint is written, read back and measured on a few test scenes, with their images and
 with a grey one. Beside it lies ``state.pt``: the same command continues from there if it was interrupted, on scenes not
 yet seen. The clock of the schedule stands still meanwhile. ``--init`` starts a new schedule from the weights of a
@@ -26,9 +30,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import Linear
+from torch.nn.functional import cross_entropy, rms_norm
+from torch.nn.init import zeros_
+from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from dcache.models.tiny.data_v import Batch, SceneCanvases, palette
+from dcache.models.tiny.data_v import Batch, Painter, SceneCanvases
 from dcache.models.tiny.llada_v import LLaDAVFormat, Tower
 from dcache.models.tiny.measure_v import measure
 from dcache.models.tiny.optimizers import clip_scores, lr_scale, make_optimizers, score_cap
@@ -46,20 +54,35 @@ from dcache.models.tiny.train import (
 )
 from dcache.models.transformer import Transformer
 from dcache.models.vision import IMAGE, PLACEHOLDER, Vision
+from dcache.tasks.scenes import SIDE
 
 RECIPE = Recipe("llada-v", n_layers=6, mlp_size=640, vocab_size=464, batch=512, decay=0.8, score_cap_start=100.0)
 STATE = "state.pt"
+NAMING = 0.1
+"""Weight of the loss of the classifier."""
 
 
-def image_rows(vision: Vision, pixels: Tensor) -> Tensor:
-    """Rows of images of one tile, as `Vision.encode` makes them one by one: (batch, 3, side, side) -> (batch, rows, d).
+def patch_rows(vision: Vision, pixels: Tensor) -> Tensor:
+    """The projected rows of images of one tile: (batch, 3, side, side) -> (batch, patches, d)."""
+    rows: Tensor = vision.projector(vision.tower_rows(pixels))
+    return rows
+
+
+def image_rows(vision: Vision, rows: Tensor) -> Tensor:
+    """Rows of images, as `Vision.encode` lays them out one by one: (batch, patches, d) -> (batch, rows, d).
 
     The rows of the squeezed image, then those of the canvas, which is the same tile, with a newline row behind a line.
     """
-    rows = vision.projector(vision.tower_rows(pixels))
     lines = rows.unflatten(1, (vision.spec.side, vision.spec.side))
     newlines = vision.newline.to(rows.dtype).expand(len(rows), vision.spec.side, 1, -1)
     return torch.cat([rows, torch.cat([lines, newlines], dim=2).flatten(1, 2)], dim=1)
+
+
+def cell_rows(rows: Tensor) -> Tensor:
+    """Mean of the rows of each cell, all of one size before: (batch, patches, d) -> (batch, 9, d)."""
+    side = int(rows.shape[1] ** 0.5)
+    cells = rms_norm(rows.float(), rows.shape[-1:]).unflatten(1, (SIDE, side // SIDE, SIDE, side // SIDE))
+    return cells.mean((2, 4)).flatten(1, 2)
 
 
 @dataclass
@@ -74,7 +97,7 @@ class Training:
         loss_of: the objective.
         step: updates so far.
         seconds: training time so far.
-        losses: mean loss by step.
+        losses: mean loss of the text by step.
         accuracy: measurements by step.
     """
 
@@ -89,24 +112,28 @@ class Training:
     accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.painter = Painter(self.model.device)
+        self.namer = Linear(self.recipe.d_model, self.painter.n_things, device=self.model.device)
+        zeros_(self.namer.weight)
+        zeros_(self.namer.bias)
         self.optimizers = make_optimizers(self.model, self.recipe, self.vision)
+        self.optimizers.append(AdamW(self.namer.parameters(), self.recipe.adam_lr, weight_decay=0.0))
         self.base = rates(self.optimizers)
-        self.palette = palette(self.model.device)
 
     def update(self, batch: Batch, progress: float) -> Tensor:
-        """One step of the schedule at `progress` from 0 to 1; the loss."""
+        """One step of the schedule at `progress` from 0 to 1; the losses of the text and of the classifier, (2,)."""
         device = self.model.device
         set_rates(self.optimizers, self.base, lr_scale(self.step, progress, self.recipe))
-        tokens, n_prompt, reds = (torch.from_numpy(part).to(device, non_blocking=True).long() for part in batch)
-        pixels = self.palette[reds].permute(0, 3, 1, 2)
+        tokens, n_prompt, sprites = (torch.from_numpy(part).to(device, non_blocking=True).long() for part in batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            images = Images(image_rows(self.vision, pixels), self.at)
-            loss, bounds = self.loss_of(self.model, tokens, n_prompt, images)
-        loss.backward()  # type: ignore[no-untyped-call]
+            rows = patch_rows(self.vision, self.painter(sprites))
+            loss, bounds = self.loss_of(self.model, tokens, n_prompt, Images(image_rows(self.vision, rows), self.at))
+        named = cross_entropy(self.namer(cell_rows(rows)).flatten(0, 1), self.painter.things(sprites).flatten())
+        (loss + NAMING * named).backward()  # type: ignore[no-untyped-call]
         descend(self.optimizers)
         clip_scores(self.model, bounds, score_cap(progress, self.recipe))
         self.step += 1
-        return loss.detach()
+        return torch.stack([loss, named]).detach()
 
     def record(self) -> dict[str, Any]:
         """What `training.json` says of it."""
@@ -123,6 +150,7 @@ class Training:
             "sizes": sizes,
             "model": self.model.state_dict(),
             "vision": self.vision.state_dict(),
+            "namer": self.namer.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "masks": self.loss_of.generator.get_state(),
             "progress": {name: getattr(self, name) for name in ("step", "seconds", "losses", "accuracy")},
@@ -134,6 +162,7 @@ class Training:
         """Continue from what `save` wrote."""
         self.model.load_state_dict(state["model"])
         self.vision.load_state_dict(state["vision"])
+        self.namer.load_state_dict(state["namer"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.loss_of.generator.set_state(state["masks"])
@@ -150,7 +179,7 @@ def train(
     keep: Callable[[], None],
 ) -> None:
     """Train until `n_steps` or `seconds` are over, whichever is first; call `keep` every so many seconds."""
-    running = torch.zeros((), device=training.model.device)
+    running = torch.zeros(2, device=training.model.device)
     since, kept, clock = training.step, training.seconds, time.monotonic() - training.seconds
     while True:
         training.seconds = time.monotonic() - clock
@@ -160,9 +189,9 @@ def train(
         running += training.update(next(batches), progress)
         step = training.step
         if step in (1, 10, 50) or step % 200 == 0:
-            mean = round(float(running) / (step - since), 5)
-            print(f"step {step}  {time.monotonic() - clock:.1f} s  loss {mean:.5f}", flush=True)
-            training.losses[str(step)] = mean
+            loss, named = (running / (step - since)).tolist()
+            print(f"step {step}  {time.monotonic() - clock:.1f} s  loss {loss:.5f}  cells {named:.5f}", flush=True)
+            training.losses[str(step)] = round(loss, 5)
             running.zero_()
             since = step
         if training.seconds - kept >= every:

@@ -2,6 +2,7 @@ import json
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -13,16 +14,16 @@ from tokenizers import Tokenizer
 from dcache import compare, generate
 from dcache.models.loading import load_model
 from dcache.models.tiny.data import choose_masks
-from dcache.models.tiny.data_v import SceneCanvases, palette, scene_canvas
+from dcache.models.tiny.data_v import SPRITES, THINGS, Painter, SceneCanvases, scene_canvas, sprite
 from dcache.models.tiny.llada_v import LLaDAVFormat, Tower
 from dcache.models.tiny.measure_v import accuracy, answers
 from dcache.models.tiny.optimizers import make_optimizers
 from dcache.models.tiny.tokenizer import special_id
 from dcache.models.tiny.train import Images, Objective
-from dcache.models.tiny.train_v import RECIPE, Training, image_rows, main, parse
+from dcache.models.tiny.train_v import RECIPE, Training, cell_rows, image_rows, main, parse, patch_rows
 from dcache.models.transformer import Transformer
 from dcache.models.vision import IMAGE, Vision, open_image
-from dcache.tasks.scenes import COLOURS, GREY, WHITE, Scenes
+from dcache.tasks.scenes import Scenes, paint, place
 
 SMALL = replace(RECIPE, n_layers=2, d_model=64, mlp_size=96, batch=8, warmup_steps=4)
 TOWER = Tower(patch_size=16, tower_width=32, tower_layers=2, tower_heads=2, tower_mlp_size=48)
@@ -62,18 +63,26 @@ def save(training: Training, layout: LLaDAVFormat, tokenizer: Tokenizer, folder:
 # Data
 
 
-def test_no_two_colours_of_a_scene_share_their_red() -> None:
-    assert len({WHITE, GREY, *(colour[0] for colour in COLOURS.values())}) == 2 + len(COLOURS)
-
-
-def test_the_pixels_of_a_batch_are_those_that_the_tower_is_given(training, layout, tokenizer) -> None:
-    *_, reds = batches(layout, tokenizer, 1)[0]
-    pixels = palette("cpu")[torch.from_numpy(reds).long()].permute(0, 3, 1, 2)
-    for i in range(4):
+def test_a_batch_is_painted_as_the_tower_is_given_each_image(training, layout, tokenizer) -> None:
+    numbers = torch.from_numpy(batches(layout, tokenizer, 1)[0][2]).long()
+    pixels = Painter("cpu")(numbers)
+    for i in range(len(numbers)):
         image = open_image(Scenes().problem("train", i, 0).images[0])
         (tiles,) = training.vision.tiles([image])
         assert tiles.grid == (1, 1)
         assert torch.equal(tiles.pixels, pixels[[i, i]])
+
+
+def test_every_thing_of_every_size_and_place_is_painted_as_in_the_task() -> None:
+    rng, painter = Random(0), Painter("cpu")
+    left = set(SPRITES)
+    while left:
+        placed = place(tuple(rng.choice([*THINGS, None]) for _ in range(9)), rng)
+        left -= {(found.thing, found.size) for found in placed if found}
+        numbers = torch.tensor([[sprite(found) for found in placed]])
+        painted = ((painter(numbers)[0].permute(1, 2, 0) * 0.5 + 0.5) * 255).round().byte()
+        assert np.array_equal(painted.numpy(), np.asarray(paint(placed)))
+        assert [THINGS[i - 1] if i else None for i in painter.things(numbers)[0]] == [f and f.thing for f in placed]
 
 
 def test_a_canvas_is_the_prompt_of_the_checkpoint_then_the_solution_and_padding(
@@ -81,9 +90,9 @@ def test_a_canvas_is_the_prompt_of_the_checkpoint_then_the_solution_and_padding(
 ) -> None:
     save(training, layout, tokenizer, tmp_path)
     model = load_model(tmp_path, device="cpu")
-    for problem in Scenes().problems("train", 12, seed=3):
+    for i, problem in enumerate(Scenes().problems("train", 12, seed=3)):
         prompt = layout.prompt(layout.reader(tokenizer), problem.prompt)
-        tokens, n_prompt, at = scene_canvas(layout, tokenizer, problem, prompt)
+        tokens, n_prompt, at = scene_canvas(layout, tokenizer, Scenes().scene("train", i, 3), prompt)
         spliced = model.image_prompt(problem.prompt, problem.images)
         assert at == training.at == int(spliced.is_image.int().argmax())
         assert tokens[:n_prompt] == [t for t, seen in zip(spliced.tokens, spliced.is_image, strict=True) if not seen]
@@ -126,7 +135,7 @@ def test_the_rows_of_a_batch_of_images_are_those_of_each_alone(layout, tokenizer
     images = [open_image(Scenes().problem("test", i, 0).images[0]) for i in range(3)]
     pixels = torch.cat([vision.tiles([image])[0].pixels[:1] for image in images])
     side = 96 // patch
-    together = image_rows(vision, pixels)
+    together = image_rows(vision, patch_rows(vision, pixels))
     assert together.shape == (3, side * side + side * (side + 1), SMALL.d_model)
     torch.testing.assert_close(together, torch.stack([vision.features([image])[0] for image in images]))
 
@@ -138,8 +147,8 @@ def test_the_loss_of_a_scene_is_that_of_the_checkpoint_on_the_spliced_prompt(
     save(training, layout, tokenizer, tmp_path)
     layout.restore(training.model, tmp_path, training.vision)  # rounded
     loaded = load_model(tmp_path, device="cpu")
-    tokens, n_prompt, reds = (torch.from_numpy(part).long() for part in batches(layout, tokenizer, 1)[0])
-    images = Images(image_rows(training.vision, palette("cpu")[reds].permute(0, 3, 1, 2)), training.at)
+    tokens, n_prompt, sprites = (torch.from_numpy(part).long() for part in batches(layout, tokenizer, 1)[0])
+    images = Images(image_rows(training.vision, patch_rows(training.vision, Painter("cpu")(sprites))), training.at)
     found, _ = Objective(0.5, torch.Generator().manual_seed(7))(training.model, tokens, n_prompt, images)
 
     masked, counted = choose_masks(n_prompt, tokens.shape[1], 0.5, torch.Generator().manual_seed(7))
@@ -168,8 +177,24 @@ def test_every_weight_is_trained_by_one_optimizer_and_gets_a_gradient(training, 
 
 
 def test_a_few_training_steps_lower_the_loss(training, layout, tokenizer) -> None:
-    losses = [float(training.update(batch, 0.0)) for batch in batches(layout, tokenizer, 20)]
+    losses = [float(training.update(batch, 0.0)[0]) for batch in batches(layout, tokenizer, 20)]
     assert sum(losses[-4:]) / 4 < losses[0] - 2
+
+
+def test_the_rows_of_a_cell_are_those_of_its_patches() -> None:
+    vision_rows = torch.randn(2, 36, 5)
+    normed = torch.nn.functional.rms_norm(vision_rows, (5,))
+    found = cell_rows(vision_rows)
+    for cell in range(9):
+        top, left = 2 * (cell // 3), 2 * (cell % 3)
+        mine = [6 * (top + y) + left + x for y in range(2) for x in range(2)]
+        torch.testing.assert_close(found[:, cell], normed[:, mine].mean(1))
+
+
+def test_the_classifier_learns_to_name_what_cells_hold(training, layout, tokenizer) -> None:
+    named = [float(training.update(batch, 0.0)[1]) for batch in batches(layout, tokenizer, 25)]
+    assert named[0] == pytest.approx(np.log(len(THINGS) + 1), abs=1e-3)
+    assert sum(named[-5:]) / 5 < named[0] - 0.5
 
 
 # The checkpoint

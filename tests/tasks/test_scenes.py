@@ -13,7 +13,7 @@ import pytest
 import dcache
 from dcache.errors import UsageError
 from dcache.tasks.base import Problem
-from dcache.tasks.scenes import CELL, COLOURS, GREY, KINDS, SIDE, STEPS, WHITE, Scenes, Thing, draw
+from dcache.tasks.scenes import CELL, COLOURS, GREY, KINDS, SIDE, STEPS, WHITE, Scenes, Thing, paint, place
 
 pytest.importorskip("PIL")
 TASK = Scenes()
@@ -40,7 +40,7 @@ class Reader:
         self.known = {}
         for thing in things:
             for i in range(60):  # all of 11 sizes or 2 scales
-                self.known[self.shape(cell(draw((thing, *EMPTY[1:]), Random(i)), 0))] = thing
+                self.known[self.shape(cell(paint(place((thing, *EMPTY[1:]), Random(i))), 0))] = thing
 
     @staticmethod
     def shape(pixels):
@@ -94,7 +94,7 @@ def test_no_two_things_look_alike(reader):
     assert len(set(reader.known.values())) == 4 * 3 + 4 * 9
     for thing in set(reader.known.values()):
         scene = (*EMPTY[:4], thing, *EMPTY[5:])
-        assert all(reader.read(draw(scene, Random(i)))[4] == thing for i in range(20, 30))
+        assert all(reader.read(paint(place(scene, Random(i))))[4] == thing for i in range(20, 30))
 
 
 def test_no_scene_is_in_both_splits_whatever_the_seeds(reader):
@@ -166,7 +166,7 @@ def test_things_move_and_change_size_within_their_cell_and_touch_no_grid_line():
     seen = set()
     for i in range(200):
         scene = (*EMPTY[:4], Thing("red", "circle"), *EMPTY[5:])
-        red = (np.asarray(draw(scene, Random(i))) == COLOURS["red"]).all(-1)
+        red = (np.asarray(paint(place(scene, Random(i)))) == COLOURS["red"]).all(-1)
         down, right = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
         assert min(down[0], right[0]) > CELL + 1
         assert max(down[-1], right[-1]) < 2 * CELL - 1
