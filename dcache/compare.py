@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 REFERENCE = "none"
 WARM_UP_ROWS = 8
+IMAGE_TASK = "scenes"
 Policy = str | Call | CachePolicy
 
 
@@ -47,7 +48,7 @@ class Experiment:
     Args:
         policies: names, calls such as ``"elastic(gamma=0.95)"``, or instances; or one text, ``"elastic,dkv"``. `none`
             is added as the reference.
-        task: a name, or an instance: ``Prompts("mine.jsonl")``.
+        task: a name, or an instance: ``Prompts("mine.jsonl")``. None: see `on`.
         settings: fields of `CompareSettings` and `DecodeSettings`.
 
     Attributes:
@@ -62,6 +63,7 @@ class Experiment:
     def __init__(
         self, policies: str | Sequence[Policy] = DEFAULT_POLICIES, task: str | Task | None = None, **settings: Any
     ):
+        self._settings = dict(settings)
         self.run = _own({k: settings.pop(k) for k in [*settings] if k in CompareSettings.model_fields}, task)
         self.task: Task = plugins().tasks.get(self.run.task).thing() if not isinstance(task, Task) else task
         if settings.get("gen_length") is None:
@@ -79,6 +81,12 @@ class Experiment:
             unmasker_of(policy, self.settings)
         self.split = None if isinstance(self.task, Prompts) else self.run.split
         self.problems: list[Problem] = self.task.problems(self.run.split, self.run.limit, self.settings.seed)
+
+    def on(self, model: Model) -> Experiment:
+        """Itself; or its like on a task with images, if it names no task and the model reads images."""
+        if model.vision is None or "task" in self.run.model_fields_set:
+            return self
+        return Experiment([*self.policies.values()], IMAGE_TASK, **self._settings)
 
     @property
     def task_name(self) -> str:
@@ -112,7 +120,7 @@ class Experiment:
             threads=torch.get_num_threads() if model.device.type == "cpu" else None,
             dtype=str(model.dtype).removeprefix("torch."),
             model=model.name,
-            n_parameters=model.spec.n_parameters,
+            n_parameters=model.n_parameters,
             weights=weights_of(model),
             task=self.task_name,
             split=self.split,
@@ -169,6 +177,7 @@ class Run:
         out: str | PathLike[str] | None = None,
         clock: Callable[[], float] | None = None,
     ):
+        experiment = experiment.on(model)
         self.experiment, self.model = experiment, model
         self.clock = clock or perf_counter
         self.runners = {name: Runner(model, p, experiment.settings) for name, p in experiment.policies.items()}
@@ -385,7 +394,7 @@ def compare(
         model: from `load_model`.
         policies: names, calls such as ``"elastic(gamma=0.95)"``, or instances; or one text, ``"elastic,dkv"``. `none`
             always runs as the reference.
-        task: a task's name, or an instance; None is gsm-mini.
+        task: a task's name, or an instance; None is gsm-mini, or scenes for a model that reads images.
         out: folder for ``results.jsonl``, written line by line; the same call again continues where it stopped.
         settings: limit, repeats and split of `CompareSettings`; gen_length, block_length, unmask, temperature, seed,
             batch_size, ... of `DecodeSettings`.

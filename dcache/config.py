@@ -58,7 +58,9 @@ class CompareSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    task: str = Field("gsm-mini", description="task whose problems are decoded")
+    task: str = Field(
+        "gsm-mini", description="task whose problems are decoded; scenes for a model that reads images, unless given"
+    )
     split: str = Field("test", description="split of the task")
     limit: int | None = Field(
         12, ge=1, le=MOST, description="number of problems, from the first on; none: the whole split"

@@ -82,6 +82,11 @@ class Model:
         """Dtype of the weights and of the computation."""
         return self.transformer.dtype
 
+    @property
+    def n_parameters(self) -> int:
+        """Weights of the transformer, and of the vision part if there is one."""
+        return self.spec.n_parameters + (0 if self.vision is None else sum(p.numel() for p in self.vision.parameters()))
+
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of a prompt: one user turn if there is a chat template, else the text as it is.
 

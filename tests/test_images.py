@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 import dcache
-from dcache import Problem, ReuseCache, Task, UsageError
+from dcache import Problem, ReuseCache, Task, UsageError, compare, generate, load_model
 from dcache.calls import split_list
 from dcache.cli import main
+from dcache.compare import Experiment, Run
 from dcache.generate import image_prompt
+from dcache.tasks.scenes import Scenes
 
 Image = pytest.importorskip("PIL.Image")
 FOLDER = Path(__file__).parent / "golden" / "models" / "llada_v"
@@ -148,3 +150,29 @@ def test_each_image_of_a_prompt_is_a_span_of_its_own(model):
     assert first.stop == second.start < second.stop < third.start
     assert first.key == third.key != second.key
     assert [p for span in prompt.embeddings.spans for p in range(*span[:2])] == prompt.embeddings.positions.tolist()
+
+
+def test_without_a_task_a_model_that_reads_images_is_compared_on_scenes() -> None:
+    model, blind = (load_model(name, device="cpu") for name in ("tiny-llada-v", "tiny-llada"))
+    experiment = Experiment([], limit=2)
+    assert (experiment.task.name, experiment.settings.gen_length) == ("gsm-mini", 96)
+    chosen = Run(experiment, model).experiment
+    assert (chosen.task.name, chosen.settings.gen_length) == ("scenes", 64)
+    assert [len(problem.images) for problem in chosen.problems] == [1, 1]
+    assert Run(Experiment([], "gsm-mini", limit=2), model).experiment.task.name == "gsm-mini"
+    assert Run(experiment, blind).experiment is experiment
+
+
+def test_the_shipped_model_answers_with_the_image_and_not_without() -> None:
+    model, problems = load_model("tiny-llada-v", device="cpu"), Scenes().problems("test", 6, 0)
+    compared = compare(model, "elastic", limit=6, batch_size=6)
+    assert [row.accuracy for row in compared.standings] == [1.0, 1.0]
+    grey = Image.new("RGB", (96, 96), (128, 128, 128))
+    outputs = generate(model, [p.prompt for p in problems], images=[[grey]] * 6, gen_length=64, policy="none")
+    assert sum(bool(Scenes().score(p, out.text)) for p, out in zip(problems, outputs, strict=True)) <= 2
+
+
+def test_the_size_of_a_model_counts_its_vision_part() -> None:
+    seeing, blind = (load_model(name, device="cpu") for name in ("tiny-llada-v", "tiny-llada"))
+    assert seeing.n_parameters == 6_071_808
+    assert blind.n_parameters == blind.spec.n_parameters
