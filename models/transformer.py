@@ -42,6 +42,7 @@ class ModelSpec:
         qkv_bias: biases on q, k and v.
         tied_head: the head is the embedding.
         shift: a position is predicted by the row `shift` before it (0, or 1 for Dream).
+        forbidden: tokens beside the mask that the published decoding of the family never predicts.
     """
 
     family: str
@@ -62,6 +63,7 @@ class ModelSpec:
     qkv_bias: bool = False
     tied_head: bool = False
     shift: int = 0
+    forbidden: tuple[int, ...] = ()
 
     @property
     def q_width(self) -> int:

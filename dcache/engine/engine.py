@@ -459,6 +459,7 @@ class Engine:
             flags={name.removeprefix("ask "): x for name, x in side.items() if name.startswith("ask ")},
             shadow=shadow,
             shadow_logits=shadow_logits,
+            forbidden=spec.forbidden,
         )
         picks = self.unmasker.pick(logits, asked)
         self.beside.join()  # reports are read from here on
