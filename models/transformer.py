@@ -238,6 +238,28 @@ class Transformer(nn.Module):
         """Final norm and head: (batch, rows, d_model) -> (batch, rows, vocab)."""
         return linear(rms_norm(h, self.norm, self.spec.norm_eps), self.embedding if self.head is None else self.head)
 
+    def keys(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows that see each other and nothing else, at positions from 0; inference only.
+
+        The last layer projects them and stops there, so it runs no query.
+
+        Args:
+            h: (batch, rows, d_model), what the rows start from.
+
+        Returns:
+            keys after rotary embedding and values, each (layers, batch, kv_heads, rows, head_dim).
+        """
+        cos, sin = self.angles(torch.arange(h.shape[1], device=h.device)[None])
+        *others, last = self.blocks()
+        found: list[tuple[Tensor, ...]] = []
+        for block in others:
+            q, k, v = block.project(block.normed(h), cos, sin)
+            found.append((k, v))
+            h = block.finish(h, attend(q, k, v).transpose(1, 2).flatten(2))
+        found.append(last.project(last.normed(h), cos, sin, "kv"))
+        k, v = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return k, v
+
     def forward(
         self,
         tokens: Tensor | None = None,

@@ -111,6 +111,7 @@ class Spliced:
         embeddings: (image rows, d_model), in order, on the model's device.
         spans: of each image its first row and the row behind its last.
         keys: of each image what `Vision.keys` says, where the prompt was made of images.
+        preamble: the ids that the conversation puts in front of every user's turn.
     """
 
     tokens: list[int]
@@ -118,6 +119,7 @@ class Spliced:
     embeddings: Tensor
     spans: tuple[tuple[int, int], ...] = ()
     keys: tuple[str, ...] = ()
+    preamble: tuple[int, ...] = ()
 
     def embed(self, embedding: Tensor) -> Tensor:
         """Embeddings of all rows (rows, d_model), from those of the vocabulary (vocab, d_model)."""
