@@ -222,7 +222,8 @@ def image_prompt(
     with torch.inference_mode():
         spliced = model.image_prompt(text, images, features=features)
     spans = tuple(Span(*span, key) for span, key in zip(spliced.spans, spliced.keys, strict=True))
-    return Prompt(spliced.tokens, Embeddings(np.flatnonzero(spliced.is_image.numpy()), spliced.embeddings, spans))
+    positions = np.flatnonzero(spliced.is_image.numpy())
+    return Prompt(spliced.tokens, Embeddings(positions, spliced.embeddings, spans, spliced.preamble))
 
 
 def problem_prompt(model: Model, problem: Problem) -> Prompt:

@@ -1,4 +1,4 @@
-"""Keys and values of a prompt span: taken from the stores of one request, put into those of another."""
+"""Keys and values of a prompt span: taken from the stores of a request or computed alone, put into those of another."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcache.state import Span, State
+from dcache.reuse import content_key
+from dcache.state import Embeddings, Span, State
 
 if TYPE_CHECKING:
     from dcache.engine.layer import Layer
-    from dcache.engine.network import Network
+    from dcache.engine.network import Network, Weights
+
+MATRICES = ("q", "k", "v", "out", "gate", "up", "down")
+SAMPLE = 64  # values of each matrix that tell models apart
 
 
 class Kept(NamedTuple):
@@ -29,11 +33,27 @@ class Kept(NamedTuple):
         return self.k.nbytes + self.v.nbytes
 
 
+def weights_key(weights: Weights) -> str:
+    """A hash that tells models apart: of their spec and device, and of a sample of every matrix."""
+    layers = range(weights.spec.n_layers)
+    sample = torch.cat([weights.weight(layer, name)[0, :SAMPLE] for layer in layers for name in MATRICES])
+    return content_key(weights.spec, weights.device, sample)
+
+
 def keep(net: Network, b: int, span: Span) -> Kept:
     """Copies of what sequence `b` has in its stores now; nothing is read by the host."""
     where = (b, slice(None), slice(span.start, span.stop))
     k, v = (torch.stack([layer.stores[name][where] for layer in net.layers]) for name in "KV")
     return Kept(span.start, k, v)
+
+
+def alone(net: Network, b: int, given: Embeddings, span: Span) -> Kept:
+    """What a span of sequence `b` is behind the preamble alone, as in every prompt; a forward call, in `begin`."""
+    first = int(np.searchsorted(given.positions, span.start))
+    rows = given.values[first : first + span.stop - span.start]
+    before = net.embed(given.preamble)
+    k, v = (x[:, :, len(before) :].clone() for x in net.alone(b, torch.cat([before, rows.to(before)])))
+    return Kept(len(before), k, v)
 
 
 def preload(net: Network, state: State, hits: Sequence[tuple[int, Span, Kept]]) -> None:

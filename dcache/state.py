@@ -76,11 +76,13 @@ class Embeddings(NamedTuple):
         positions: (k,) int64, ascending.
         values: (k, d_model), on the device of the model.
         spans: parts of these positions that may come again in other prompts, ascending.
+        preamble: tokens that stand in front of all text in every prompt, whatever is asked, such as a system turn.
     """
 
     positions: Ints
     values: Tensor
     spans: tuple[Span, ...] = ()
+    preamble: tuple[int, ...] = ()
 
 
 class State:

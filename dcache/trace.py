@@ -33,11 +33,13 @@ class Step:
         confidence: (batch, slots) float32 of the candidates.
         drop: (batch, slots) bool rows taken off the list undecoded.
         remask: (batch, slots) bool.
-        row_layers: (layers, batch) int64 row-layers that ran a query, both passes.
+        row_layers: (layers, batch) int64 row-layers that ran a query, both passes; those of `calls` in `begin` too.
         kv_row_layers: (layers, batch) int64 row-layers whose K or V were projected.
+        calls: (batch,) int64 forward calls: 1 for sequences that took part, whether the step was reviewed or not, and
+            in the first step those that the policy made in `begin`.
         reports: what the policy's layers reported.
         maps: recompute maps, when asked for.
-        seconds: wall time of the step, its sync included.
+        seconds: wall time of the step, its sync included; what `begin` takes is no part of it.
         recording: seconds that went into recording graphs for this step and those to come; no part of `seconds`.
     """
 
@@ -55,6 +57,7 @@ class Step:
     remask: Bools
     row_layers: Ints
     kv_row_layers: Ints
+    calls: Ints
     reports: dict[str, np.ndarray] = field(default_factory=dict)
     maps: dict[str, Bools] = field(default_factory=dict)
     seconds: float = 0.0
@@ -91,6 +94,7 @@ class Step:
             remask=update.remask,
             row_layers=count.rows,
             kv_row_layers=count.kv_rows,
+            calls=moment.active + count.calls,
             reports=seen.reports,
             maps=count.maps,
             seconds=seconds,
@@ -133,8 +137,8 @@ class Trace:
 
     @property
     def nfe(self) -> int:
-        """Forward calls: one per step, a reviewed step included."""
-        return len(self.mine)
+        """Forward calls: one per step, a reviewed step included, and those that the policy made in `begin`."""
+        return sum(int(s.calls[self.index]) for s in self.mine)
 
     @property
     def refreshes(self) -> int:
@@ -154,7 +158,7 @@ class Trace:
     @property
     def full_row_layers(self) -> int:
         """Row-layers of the same number of steps without a cache."""
-        return self.length * self.n_layers * self.nfe * len(self._rows)
+        return self.length * self.n_layers * len(self.mine) * len(self._rows)
 
     @property
     def row_share(self) -> float:

@@ -5,6 +5,8 @@ The text part is LLaDA under Dream's names and without biases. Where LLaDA-V dif
 - The tower (SigLIP, 26 layers), the projector and the newline row lie in the same files; `vision.py` computes with
   them.
 - cos and sin are rounded to the compute dtype and the rotation stays there (`rope_full_precision` false).
+- Decoding never predicts end-of-text, bos, and the two tokens around a role (`ModelSpec.forbidden`): a text ends with
+  the end of a turn.
 - No config field names the mask: the tokenizer's ``<|mdm_mask|>`` does.
 - The sizes of the tower are constants of the published code. A file ``<mm_vision_tower>/config.json`` in the
   checkpoint's folder overrides them; the published checkpoint has none. That path is never fetched, nor followed out of
@@ -60,6 +62,7 @@ _FIXED_TOWER: Mapping[str, tuple[Any, str]] = {
     "num_channels": (3, "images are RGB"),
 }
 _SPAN = re.compile(r"\((\d\d?)x(\d\d?)\),\s*\.\.\.,\s*\((\d\d?)x(\d\d?)\)")
+_NEVER = ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>")  # and the end-of-text token
 _INSIDE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 _PROJECTOR = ("0.weight", "0.bias", "2.weight", "2.bias")
 _TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
@@ -129,6 +132,7 @@ class LLaDAV(Family):
             eos_id=ends[0],
             end_ids=ends,
             rope_full_precision=False,
+            forbidden=_forbidden(ends[0], tokenizer),
         )
 
     def vision(self, config: Mapping[str, Any], spec: ModelSpec, folder: Path | None) -> VisionSpec:
@@ -183,6 +187,12 @@ class LLaDAV(Family):
         slots = {_TOWER_PREFIX + name: parameter for name, parameter in tower_slots(vision.n_layers).items()}
         slots |= {f"model.mm_projector.{part}": f"projector.{part}" for part in _PROJECTOR}
         return {name: Slot(parameter) for name, parameter in (slots | {"model.image_newline": "newline"}).items()}
+
+
+def _forbidden(eos_id: int, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """What the published loop forbids by number (126081, 126080, 126346 and 126347); without a tokenizer the first."""
+    others = () if tokenizer is None else (tokenizer.token_id(name) for name in _NEVER)
+    return tuple(dict.fromkeys([eos_id, *(i for i in others if i is not None)]))
 
 
 def _tower_fields(fields: Fields, folder: Path | None) -> Fields:

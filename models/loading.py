@@ -28,7 +28,7 @@ from dcache.models.llada import LLaDA
 from dcache.models.llada_v import LLaDAV
 from dcache.models.tokenizer import Tokenizer
 from dcache.models.transformer import ModelSpec, Transformer
-from dcache.models.vision import Spliced, Vision, VisionSpec, image_ids, open_image
+from dcache.models.vision import IMAGE, Spliced, Vision, VisionSpec, image_ids, open_image
 from dcache.reuse import ReuseCache
 
 if TYPE_CHECKING:
@@ -125,7 +125,9 @@ class Model:
         tiles = self.vision.tiles([open_image(image) for image in images])
         keys = self.vision.keys(tiles)
         rows = [self.vision.recall(key, one, features) for key, one in zip(keys, tiles, strict=True)]
-        return replace(self.vision.splice(ids, rows), keys=tuple(keys))
+        bare = image_ids(self._tokenizer(), self.vision.messages("", 1))
+        preamble = tuple(bare[: bare.index(IMAGE)])
+        return replace(self.vision.splice(ids, rows), keys=tuple(keys), preamble=preamble)
 
     def text(self, ids: Sequence[int]) -> str:
         """Text of generated ids up to the first end token."""

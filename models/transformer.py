@@ -42,6 +42,7 @@ class ModelSpec:
         qkv_bias: biases on q, k and v.
         tied_head: the head is the embedding.
         shift: a position is predicted by the row `shift` before it (0, or 1 for Dream).
+        forbidden: tokens beside the mask that the published decoding of the family never predicts.
     """
 
     family: str
@@ -62,6 +63,7 @@ class ModelSpec:
     qkv_bias: bool = False
     tied_head: bool = False
     shift: int = 0
+    forbidden: tuple[int, ...] = ()
 
     @property
     def q_width(self) -> int:
@@ -235,6 +237,28 @@ class Transformer(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """Final norm and head: (batch, rows, d_model) -> (batch, rows, vocab)."""
         return linear(rms_norm(h, self.norm, self.spec.norm_eps), self.embedding if self.head is None else self.head)
+
+    def keys(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows that see each other and nothing else, at positions from 0; inference only.
+
+        The last layer projects them and stops there, so it runs no query.
+
+        Args:
+            h: (batch, rows, d_model), what the rows start from.
+
+        Returns:
+            keys after rotary embedding and values, each (layers, batch, kv_heads, rows, head_dim).
+        """
+        cos, sin = self.angles(torch.arange(h.shape[1], device=h.device)[None])
+        *others, last = self.blocks()
+        found: list[tuple[Tensor, ...]] = []
+        for block in others:
+            q, k, v = block.project(block.normed(h), cos, sin)
+            found.append((k, v))
+            h = block.finish(h, attend(q, k, v).transpose(1, 2).flatten(2))
+        found.append(last.project(last.normed(h), cos, sin, "kv"))
+        k, v = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return k, v
 
     def forward(
         self,

@@ -14,11 +14,9 @@ dropped, not blended), and the orientation that EXIF may note is not applied.
 
 import importlib
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from dcache.errors import UsageError
-from dcache.models.files import one_line
+from dcache.images import PLACEHOLDER, Words, pillow, read
 from dcache.models.tokenizer import Message, Tokenizer
 from dcache.reuse import ReuseCache, content_key
 
@@ -34,11 +32,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE = -200  # stands for an image among ids; no vocabulary has it
-PLACEHOLDER = "<image>"  # and this among text
 _SHRINK_ABOVE = 1.1  # how much longer than allowed the sides of a map may be before it is shrunk
 _CANVAS = (0, 0, 0)
 _SQUARE = (127, 127, 127)
 _SAMPLE = 64  # values of each parameter that tell models apart
+_WORDS = Words(
+    missing=" does not exist",
+    too_large=" is too large to be decoded safely (PIL.Image.MAX_IMAGE_PIXELS is {limit}): {error} Scale it down, or "
+    "raise that limit if you trust it",
+    unknown=" is not an image in a format that Pillow reads",
+    unreadable=" cannot be read: {error}",
+    damaged=" is truncated or damaged: {error}",
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ class Spliced:
         embeddings: (image rows, d_model), in order, on the model's device.
         spans: of each image its first row and the row behind its last.
         keys: of each image what `Vision.keys` says, where the prompt was made of images.
+        preamble: the ids that the conversation puts in front of every user's turn.
     """
 
     tokens: list[int]
@@ -113,6 +119,7 @@ class Spliced:
     embeddings: Tensor
     spans: tuple[tuple[int, int], ...] = ()
     keys: tuple[str, ...] = ()
+    preamble: tuple[int, ...] = ()
 
     def embed(self, embedding: Tensor) -> Tensor:
         """Embeddings of all rows (rows, d_model), from those of the vocabulary (vocab, d_model)."""
@@ -131,36 +138,16 @@ def open_image(source: "str | PathLike[str] | Image | Tensor") -> "Image":
     Raises:
         UsageError: for what is no image, is damaged, or has more pixels than Pillow's limit (`Image.MAX_IMAGE_PIXELS`).
     """
-    pil = _pillow()
+    pil = pillow()
     if isinstance(source, Tensor):
         return _of_tensor(source)
     if not isinstance(source, (str, PathLike, pil.Image)):
         raise UsageError(f"an image is a {type(source).__name__}; expected a file, a Pillow image or a torch tensor")
     name = f"image {str(source)!r}" if isinstance(source, (str, PathLike)) else "the image"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # for instance on transparency, which the conversion drops
-            warnings.simplefilter("error", pil.DecompressionBombWarning)
-            if isinstance(source, (str, PathLike)):
-                with pil.open(Path(source)) as file:
-                    image = file.convert("RGB")
-            else:
-                image = source.convert("RGB")
-    except FileNotFoundError as error:
-        raise UsageError(f"{name} does not exist") from error
-    except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
-        raise UsageError(
-            f"{name} is too large to be decoded safely (PIL.Image.MAX_IMAGE_PIXELS is {pil.MAX_IMAGE_PIXELS}): "
-            f"{one_line(error)} Scale it down, or raise that limit if you trust it"
-        ) from error
-    except importlib.import_module("PIL").UnidentifiedImageError as error:
-        raise UsageError(f"{name} is not an image in a format that Pillow reads") from error
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and others on damage
-        what = "cannot be read" if getattr(error, "errno", None) else "is truncated or damaged"
-        raise UsageError(f"{name} {what}: {one_line(error)}") from error
+    image = read(source, lambda found: found.convert("RGB"), name, _WORDS)
     if not image.width or not image.height:
         raise UsageError(f"{name} is empty: {image.width} x {image.height} pixels")
-    return _typed(image)
+    return image
 
 
 def _of_tensor(source: Tensor) -> "Image":
@@ -169,7 +156,7 @@ def _of_tensor(source: Tensor) -> "Image":
             f"an image tensor has shape {tuple(source.shape)} and dtype {source.dtype}; "
             "expected (3, height, width) of torch.uint8"
         )
-    return _typed(_pillow().fromarray(source.permute(1, 2, 0).cpu().contiguous().numpy()))
+    return _typed(pillow().fromarray(source.permute(1, 2, 0).cpu().contiguous().numpy()))
 
 
 def _typed(image: Any) -> "Image":
@@ -177,15 +164,13 @@ def _typed(image: Any) -> "Image":
     return typed
 
 
-def _pillow() -> Any:
-    return _needed("PIL.Image", "Pillow", "to read images")
-
-
-def _needed(module: str, name: str, purpose: str) -> Any:
+def _transformers() -> Any:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module("transformers")
     except ImportError as error:
-        raise UsageError(f"{name} is needed {purpose}; install it: pip install 'dcache[vision]'") from error
+        raise UsageError(
+            "transformers is needed for the vision tower; install it: pip install 'dcache[vision]'"
+        ) from error
 
 
 # Ids of a prompt
@@ -231,7 +216,7 @@ def _fitted(image: "Image", canvas: tuple[int, int]) -> "Image":
 
 
 def _centred(image: "Image", size: tuple[int, int], colour: tuple[int, int, int]) -> "Image":
-    page = _pillow().new("RGB", size, colour)
+    page = pillow().new("RGB", size, colour)
     page.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
     return _typed(page)
 
@@ -412,7 +397,7 @@ def _uncovered(plane: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _tower(spec: VisionSpec, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The tower, uninitialised and without its final norm, which the published model never applies."""
-    siglip = _needed("transformers", "transformers", "for the vision tower")
+    siglip = _transformers()
     config = siglip.SiglipVisionConfig(
         hidden_size=spec.width,
         intermediate_size=spec.mlp_size,

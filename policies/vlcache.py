@@ -1,29 +1,30 @@
-"""VLCache: an image that comes again brings its keys and values from the request in which it came first.
+"""VLCache: an image that comes again brings its keys and values along.
 
 VLCache, arXiv 2512.12977; the choice of rows to compute all the same, and the probe for it, are those of ACache, arXiv
 2608.26140. A filter: it takes rows out of every plan of an inner policy, which says when anything is computed.
 
 =======================  ===============================================================================
 KV cache, hash           ``spans``: keys and values by content (`Span.key`), weights and length
+first request (VLCache)  ``fill=first``: what is kept is what the first pass of the first request found
+affix alone (ACache)     ``fill=alone``: keys and values of the image behind the fixed preamble, nothing else in sight
 ``r``, ``rho``           ``ratio``: share of an image's rows that are computed all the same, rounded up
 first tokens (VLCache)   ``select=first``
 anchors (ACache)         ``select=mask-attention``: the rows that masks attend to most, all layers together
 probe forward (ACache)   the first pass of a request, without any row of a known image; `review` adds the anchors
 =======================  ===============================================================================
 
-A request with a new image keeps what its first pass found, if that pass computed all rows of the image. The same image
-elsewhere in a prompt is the same up to the rotation of its keys, which is made up for. Attention is bidirectional, so
-what was kept depends on the text of that first request, behind the image too: without anchors for all rows this is an
-approximation even if the whole prefix is the same, and results depend on the order of requests.
+With ``fill=alone`` each request treats an image alike, whatever came before. With ``fill=first`` the order of requests
+matters: attention is bidirectional, so what is kept depends on all of the first prompt. Either is an approximation.
 
-Departures: the importance of a row is its share of the whole attention, where ACache restricts the softmax to it and
-its like. One set of rows serves all layers, where VLCache gives each layer a share of its own. Rows that predict the
-window are always computed. Text spans (ACache) are not reused.
+Departures: a row's importance is its share of the whole attention, not of a softmax over it and its like (ACache). One
+set of rows serves all layers (VLCache: a share for each). Rows that predict the window are computed in any case. Text
+spans (ACache) are not reused.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -35,9 +36,9 @@ from torch import Tensor
 from dcache.arrays import Bools, highest
 from dcache.errors import UsageError
 from dcache.policy import CachePolicy, Filter, FilterConfig, Plan, Seen, State
-from dcache.reuse import ReuseCache, content_key
-from dcache.spans import Kept, keep, preload
-from dcache.state import Span
+from dcache.reuse import ReuseCache
+from dcache.spans import Kept, alone, keep, preload, weights_key
+from dcache.state import Embeddings, Span
 
 if TYPE_CHECKING:
     from dcache.engine.layer import Layer
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 NAME: Final = "vlcache"
 MASKS, ATTENTION = f"{NAME} masks", f"{NAME} attention"
 ROUNDS = 1e-9  # a share of 0.1 of 30 rows is 3 rows, not 4
-SAMPLE = 64  # values of each matrix that tell models apart
 
 
 class VLCache(Filter):
@@ -63,12 +63,12 @@ class VLCache(Filter):
         """Knobs of `VLCache`."""
 
         inner: str = Field("fast-dllm", description="the policy that is wrapped, written as everywhere")
-        ratio: float = Field(
-            0.05, ge=0, le=1, description="share of the rows of a known image that are computed all the same, 0 to 1"
-        )
+        ratio: float = Field(0.05, ge=0, le=1, description="share of a known image's rows that are computed, 0 to 1")
         select: Literal["mask-attention", "first"] = Field(
-            "mask-attention",
-            description="which rows: those that masks attend to most, for one pass more per request; or the first",
+            "mask-attention", description="which: those that masks attend to most, for a pass more; or the first ones"
+        )
+        fill: Literal["alone", "first"] = Field(
+            "alone", description="keys and values of a new image: alone, in a call of its own; or in its first request"
         )
         budget_mib: int = Field(
             4096, ge=0, le=2**31 - 1, description="MiB of keys and values that outlive a request, on the model's device"
@@ -94,41 +94,37 @@ class VLCache(Filter):
 
     @property
     def statistics(self) -> dict[str, int]:
-        """Those of `spans`, and how many row-layers of inner plans were not computed."""
+        """Those of `spans`, and by how many row-layers fewer were computed than the inner plans had."""
         return {**self.spans.statistics, "saved_row_layers": self.saved}
 
     def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:
         """Outputs kept for every row are missing for one that was never computed."""
         own = set(self.inner.stores(spec)) - {"H", "Q"}
         if own:
-            return (
-                f"{self.inner.name} replays outputs of rows that it does not compute (stores {', '.join(sorted(own))}),"
-                " and a reused row has none; wrap a policy that computes the rows of its plans"
-            )
+            told = f"replays outputs of rows that it does not compute (stores {', '.join(sorted(own))})"
+            advice = "wrap a policy that computes the rows of its plans"
+            return f"{self.inner.name} {told}, and a reused row has none; {advice}"
         return super().refuses(spec, unmasker)
 
     def prepare(self, weights: Weights) -> None:
         """Tell models apart by a sample of every matrix."""
         super().prepare(weights)
-        names, layers = ("q", "k", "v", "out", "gate", "up", "down"), range(weights.spec.n_layers)
-        sample = torch.cat([weights.weight(layer, name)[0, :SAMPLE] for layer in layers for name in names])
-        self.model = content_key(weights.spec, weights.device, sample)
+        self.model = weights_key(weights)
 
     @torch.inference_mode()
     def begin(self, net: Network, state: State) -> None:
-        """Preload the images that came before; note the others."""
+        """Preload the images that are known; note the others."""
         super().begin(net, state)
-        self.reused: Bools = np.zeros_like(state.valid)  # rows whose keys and values are those of another request
+        self.reused: Bools = np.zeros_like(state.valid)  # rows whose keys and values are those that were kept
         self.probing: Bools = np.zeros(state.batch, dtype=bool)  # sequences whose anchors have yet to be chosen
-        self.net: Network | None = None  # held until the images that were missed are kept
-        spans = [(b, span) for b, given in enumerate(state.embeddings) if given for span in given.spans]
+        spans = [(b, given, span) for b, given in enumerate(state.embeddings) if given for span in given.spans]
         if spans and net.layers[0].compact:
             raise UsageError(f"policy {NAME!r} needs the keys of whole images, and inner={self.inner.name} frees some")
-        found = [(b, span, self.spans.get(self._key(span))) for b, span in spans if self.config.ratio < 1]
-        hits = [(b, span, kept) for b, span, kept in found if kept is not None]
+        found = [(b, span, *self._find(net, b, given, span)) for b, given, span in spans if self.config.ratio < 1]
+        hits = [(b, span, kept) for b, span, _, kept in found if kept is not None]
+        self.missed = [(b, span, key) for b, span, key, kept in found if kept is None]
         self.known = [(b, span) for b, span, _ in hits]
-        self.missed = [(b, span) for b, span, kept in found if kept is None]
-        self.net = net if self.missed else None
+        self.net: Network | None = net if self.missed else None  # held until the images that were missed are kept
         for b, span in self.known:
             anchors = self._count(span) if self.config.select == "first" else 0
             self.reused[b, span.start + anchors : span.stop] = True
@@ -167,30 +163,37 @@ class VLCache(Filter):
         self._keep(plan)
         if not self.probing.any():
             return super().review(state, plan, seen)
-        anchors, attention = np.zeros_like(self.reused), seen.reports[ATTENTION][:, :-1]
+        anchors = np.zeros_like(self.reused)
         for b, span in self.known:
             image = np.zeros_like(self.reused)
             image[b, span.start : span.stop] = True
-            anchors |= highest(attention, image, self._count(span))
+            anchors |= highest(seen.reports[ATTENTION][:, :-1], image, self._count(span))
         self.reused &= ~anchors
         probed, self.probing = self.probing & state.active, np.zeros_like(self.probing)
         again = super().review(state, plan, seen)
-        if again is not None:
-            return again
-        return self.restrict(state, replace(plan, row_mask=(plan.row_mask | anchors) & probed[:, None]))
+        mine = replace(plan, row_mask=(plan.row_mask | anchors) & probed[:, None])
+        return self.restrict(state, mine) if again is None else again
 
     def _keep(self, plan: Plan) -> None:
         """Copy keys and values of the images that this pass computed."""
-        for b, span in self.missed if self.net is not None else ():
+        for b, span, key in self.missed:
             assert self.net is not None
             if plan.row_mask[b, span.start : span.stop].all():
                 kept = keep(self.net, b, span)
-                self.spans.put(self._key(span), kept, kept.n_bytes)
+                self.spans.put(key, kept, kept.n_bytes)
         self.missed, self.net = [], None
 
     def _count(self, span: Span) -> int:
         """Rows of a known image that are computed."""
         return math.ceil(self.config.ratio * (span.stop - span.start) - ROUNDS)
 
-    def _key(self, span: Span) -> tuple[str, str, int]:
-        return self.model, span.key, span.stop - span.start
+    def _find(self, net: Network, b: int, given: Embeddings, span: Span) -> tuple[Hashable, Kept | None]:
+        """Under which key an image is kept, and what; ``fill=alone`` computes it if nothing is."""
+        n, by_itself = span.stop - span.start, self.config.fill == "alone"
+        key = self.model, span.key, n, given.preamble if by_itself else None
+        kept = self.spans.get(key)
+        if kept is None and by_itself:
+            kept = alone(net, b, given, span)
+            self.spans.put(key, kept, kept.n_bytes)
+            self.saved -= (len(given.preamble) + n) * (net.spec.n_layers - 1)
+        return key, kept

@@ -166,7 +166,7 @@ def prompt_of(model: Model, known: tuple[int, int] | None) -> Prompt:
     if known is None:
         return Prompt(ids)
     values = model.transformer.embed(torch.tensor(ids[slice(*known)]))
-    return Prompt(ids, Embeddings(np.arange(*known), values, (Span(*known, "image"),)))
+    return Prompt(ids, Embeddings(np.arange(*known), values, (Span(*known, "image"),), tuple(ids[: known[0]])))
 
 
 def order_of(svg_text: str) -> list[list[int]]:

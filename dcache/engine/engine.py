@@ -106,12 +106,14 @@ class Count:
     Attributes:
         rows: (layers, batch) int64 row-layers that ran a query.
         kv_rows: (layers, batch) int64 row-layers whose K or V were projected.
+        calls: (batch,) int64 forward calls beside the passes, made in `begin` for the first step.
         passes: 1, or 2 in a reviewed step.
         maps: "rows" and "kv_rows" to (layers, batch, slots) bool, when asked for.
     """
 
     rows: Ints
     kv_rows: Ints
+    calls: Ints
     passes: int = 0
     maps: dict[str, Bools] = field(default_factory=dict)
 
@@ -235,6 +237,8 @@ class Engine:
         table = (state.batch, state.slots + 1)  # the last one for the dump slot
         self._unseen: dict[str, np.ndarray] = {name: np.full(table, *blank) for name, blank in UNSEEN.items()}
         self.network.on_preload(self.checks.preloaded)
+        self._ahead = self._nothing()
+        self.network.on_alone(self._account_alone)
         self.network.asked()
         self.policy.begin(self.network, state)
         self.buffers = self.network.asked()
@@ -300,7 +304,7 @@ class Engine:
     @within_memory
     def run(self, plan: Plan, ask: Ask) -> Seen:
         """The pass of a step; one sync."""
-        self._count = Count(self._zeros(), self._zeros())
+        self._count, self._ahead = self._ahead, self._nothing()
         return self._run(plan, ask, None)
 
     @within_memory
@@ -308,8 +312,16 @@ class Engine:
         """The second pass of a reviewed step: what the first found for other rows and layers stays."""
         return self._run(plan, ask, seen)
 
-    def _zeros(self) -> Ints:
-        return np.zeros((len(self.layers), self.state.batch), dtype=np.int64)
+    def _nothing(self) -> Count:
+        n_layers, batch = len(self.layers), self.state.batch
+        rows, kv_rows = (np.zeros((n_layers, batch), dtype=np.int64) for _ in range(2))
+        return Count(rows, kv_rows, np.zeros(batch, dtype=np.int64))
+
+    def _account_alone(self, b: int, n: int) -> None:
+        """Count a forward call of `n` rows for sequence `b`; its last layer runs no query."""
+        self._ahead.rows[:-1, b] += n
+        self._ahead.kv_rows[:, b] += n
+        self._ahead.calls[b] += 1
 
     @torch.inference_mode()
     def _run(self, plan: Plan, ask: Ask, before: Seen | None) -> Seen:
@@ -459,6 +471,7 @@ class Engine:
             flags={name.removeprefix("ask "): x for name, x in side.items() if name.startswith("ask ")},
             shadow=shadow,
             shadow_logits=shadow_logits,
+            forbidden=spec.forbidden,
         )
         picks = self.unmasker.pick(logits, asked)
         self.beside.join()  # reports are read from here on

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -204,6 +204,7 @@ class Network(Weights):
         self._buffers: dict[str, Tensor] = {}
         self._asked: set[str] = set()
         self._preloaded: Callable[[Bools], None] = lambda rows: None
+        self._called: Callable[[int, int], None] = lambda b, n: None
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A device tensor of the policy's own, zeroed; ask for it in `begin` and write it in place.
@@ -225,6 +226,34 @@ class Network(Weights):
     def on_preload(self, note: Callable[[Bools], None]) -> None:
         """Engine only: who keeps the list of written rows."""
         self._preloaded = note
+
+    def on_alone(self, note: Callable[[int, int], None]) -> None:
+        """Engine only: who counts forward calls beside the passes, by sequence and number of rows."""
+        self._called = note
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """What rows of these tokens start from: (n, d_model)."""
+        return self._model.embed(torch.tensor(ids, dtype=torch.int64, device=self.device))
+
+    def alone(self, b: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows by themselves, in `begin`: they see each other and nothing else.
+
+        A forward call of its own, by ordinary layers; no store is read or written. It counts as one of sequence `b`,
+        with its row-layers in the first step. It takes no part in a recording.
+
+        Args:
+            b: the sequence that it is made for.
+            h: (n, d_model), what the rows start from; they stand at positions from 0.
+
+        Returns:
+            keys after rotary embedding and values, each (layers, kv_heads, n, head_dim).
+        """
+        n, most = len(h), self.spec.max_positions
+        if not 0 < n <= most:
+            raise UsageError(f"{n} rows were to be computed by themselves; the model has positions for 1 to {most}")
+        k, v = self._model.keys(h.to(self.device, self.dtype)[None])
+        self._called(b, n)
+        return k[:, 0], v[:, 0]
 
     def preload(self, layer: int, rows: Bools, k: Tensor, v: Tensor) -> None:
         """Put keys and values of an earlier request into the store, in `begin`; they count as written, not as computed.

@@ -1,23 +1,22 @@
-"""Pillow where it is installed, and the image files that a prompt names."""
+"""The image files that a prompt names."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
-from dcache.errors import UsageError
+from dcache.images import Words, read
 
-PLACEHOLDER = "<image>"
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-
-def pillow() -> Any:
-    """The module ``PIL.Image``; imported here alone, because text needs no Pillow."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise UsageError("images need Pillow: pip install 'dcache[vision]'") from None
-    return Image
+WORDS = Words(
+    missing=": no such file; a path is relative to the file of prompts",
+    too_large=": more than {limit:,} pixels, Pillow's limit; make it smaller",
+    unknown=": not an image in a format that Pillow knows",
+    unreadable=": cannot be read: {error}",
+    damaged=": cannot be read: {error}",
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class ImageFiles(Sequence[Any]):
 
     def __post_init__(self) -> None:
         for path in self.paths:
-            _open(path, self.where, pixels=False)
+            self._read(path, pixels=False)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -49,27 +48,15 @@ class ImageFiles(Sequence[Any]):
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return [_open(path, self.where, pixels=True) for path in self.paths[index]]
-        return _open(self.paths[index], self.where, pixels=True)
+            return [self._read(path, pixels=True) for path in self.paths[index]]
+        return self._read(self.paths[index], pixels=True)
 
+    def _read(self, path: Path, pixels: bool) -> "Image":
+        """The image as it is stored, in its own mode, its pixels decoded if asked for and its file closed."""
 
-def _open(path: Path, where: str, pixels: bool) -> Any:
-    """The image, its pixels decoded if asked for and its file closed; as it is stored, in its own mode."""
-    image = pillow()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", image.DecompressionBombWarning)
-            with image.open(path) as found:
-                if pixels:
-                    found.load()
-                return found
-    except FileNotFoundError:
-        raise UsageError(f"{where}: image {path}: no such file; a path is relative to the file of prompts") from None
-    except (image.DecompressionBombError, image.DecompressionBombWarning):
-        raise UsageError(
-            f"{where}: image {path}: more than {image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit; make it smaller"
-        ) from None
-    except image.UnidentifiedImageError:
-        raise UsageError(f"{where}: image {path}: not an image in a format that Pillow knows") from None
-    except Exception as error:  # on damaged files decoders raise OSError, SyntaxError, struct.error and more
-        raise UsageError(f"{where}: image {path}: cannot be read: {error}") from error
+        def loaded(image: "Image") -> "Image":
+            if pixels:
+                image.load()
+            return image
+
+        return read(path, loaded, f"{self.where}: image {path}", WORDS)

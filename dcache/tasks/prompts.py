@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from dcache.errors import UsageError
+from dcache.images import PLACEHOLDER
 from dcache.tasks.base import Problem, Task
-from dcache.tasks.images import PLACEHOLDER, ImageFiles
+from dcache.tasks.images import ImageFiles
 
 KEYS = ("prompt", "answer", "id", "images")
 

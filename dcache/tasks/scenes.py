@@ -21,9 +21,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dcache.images import PLACEHOLDER, pillow
 from dcache.tasks.base import Problem, Task
 from dcache.tasks.generated import check_request, in_test, says_number
-from dcache.tasks.images import PLACEHOLDER, pillow
 
 SIDE = 3
 CELL = 32

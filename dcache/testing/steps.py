@@ -43,6 +43,7 @@ def asked(
         end_ids=spec.end_ids,
         lanes=lanes,
         flags=flags,
+        forbidden=spec.forbidden,
     )
 
 

@@ -92,6 +92,7 @@ class Asked:
         mask_id: the mask token, never a candidate.
         eos_id: end-of-text.
         end_ids: all ids that end a text.
+        forbidden: tokens that have no share of any distribution (`ModelSpec.forbidden`).
         lanes: (batch,) int64 number of each sequence in the batch that `Unmasker.begin` saw. A pass runs the sequences
             that take part in it, so its batch may be smaller; index device tensors of your own by
             ``x[at.lanes[:, None], at.where]``.
@@ -112,6 +113,7 @@ class Asked:
     flags: Mapping[str, Tensor]
     shadow: Tensor | None = None
     shadow_logits: Tensor | None = None
+    forbidden: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ Two rules, chosen by `Sampling.confidence`:
 
 At temperature 0 the candidate is the best token either way. Under ``plain`` the filters, if any are set, narrow what a
 sample is drawn from and leave the scores alone. The mask token is never a candidate: it keeps its share of
-the distribution, as in the released code, but is passed over when the token is chosen.
+the distribution, as in the released code, but is passed over when the token is chosen. Tokens that the published
+decoding of a model family never predicts (`ModelSpec.forbidden`) have no share: their logits are -inf from the start.
 """
 
 from __future__ import annotations
@@ -237,10 +238,12 @@ def _sample(logits: Tensor, judged: Tensor, best: Tensor, at: Asked, sampling: S
 
 
 def _allowed(logits: Tensor, at: Asked, sampling: Sampling) -> Tensor:
-    return _without(logits, (at.eos_id,)) if sampling.forbid_eos else logits
+    return _without(logits, at.forbidden + (at.eos_id,) * sampling.forbid_eos)
 
 
 def _without(logits: Tensor, tokens: tuple[int, ...]) -> Tensor:
-    for token in tokens:
-        logits = logits.index_fill(-1, torch.full((1,), token, device=logits.device), NEVER)
-    return logits
+    if not tokens:
+        return logits
+    # not torch.tensor(tokens), which would be copied from the host
+    index = torch.cat([torch.full((1,), token, device=logits.device) for token in tokens])
+    return logits.index_fill(-1, index, NEVER)

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 from tokenizers import Tokenizer, pre_tokenizers
 
+from dcache.images import PLACEHOLDER
 from dcache.models import tokenizer as reading
 from dcache.models.llada_v import SYSTEM, LLaDAV
 from dcache.models.tiny.formats import TOWER, Format
 from dcache.models.tiny.llada import BOS, CHAT_TEMPLATE, END_HEADER, EOS, EOT, HEADER, MASK, LLaDAFormat
 from dcache.models.tiny.recipe import Recipe
 from dcache.models.tiny.tokenizer import special_id
-from dcache.models.vision import PLACEHOLDER, VisionSpec, image_ids
+from dcache.models.vision import VisionSpec, image_ids
 from dcache.tasks.scenes import CELL, SIDE, Scenes
 
 _TEXT = LLaDAFormat()  # the tokenizer is LLaDA's

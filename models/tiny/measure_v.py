@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 
+from dcache.images import PLACEHOLDER, pillow
 from dcache.models.loading import Model, load_model
 from dcache.models.tiny.measure import decode
-from dcache.models.vision import PLACEHOLDER
 from dcache.tasks.base import Problem
-from dcache.tasks.images import pillow
 from dcache.tasks.scenes import Scenes
 
 KINDS = {"How many": "count", "What is the sum": "sum", "What is directly": "position"}

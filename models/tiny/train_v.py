@@ -36,6 +36,7 @@ from torch.nn.init import zeros_
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
+from dcache.images import PLACEHOLDER
 from dcache.models.tiny.data_v import Batch, Painter, SceneCanvases
 from dcache.models.tiny.llada_v import LLaDAVFormat, Tower
 from dcache.models.tiny.measure_v import measure
@@ -53,7 +54,7 @@ from dcache.models.tiny.train import (
     set_rates,
 )
 from dcache.models.transformer import Transformer
-from dcache.models.vision import IMAGE, PLACEHOLDER, Vision
+from dcache.models.vision import IMAGE, Vision
 from dcache.tasks.scenes import SIDE
 
 RECIPE = Recipe("llada-v", n_layers=6, mlp_size=640, vocab_size=464, batch=512, decay=0.8, score_cap_start=100.0)

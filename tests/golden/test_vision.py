@@ -1,6 +1,8 @@
 """LLaDA-V against tensors recorded from the published code; `models/README.md` describes the files."""
 
 import json
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dcache.generate import Prompt, Runner, settings_from
 from dcache.models.loading import Model, load_model
 from dcache.models.tokenizer import Tokenizer
 from dcache.models.vision import IMAGE, Spliced, Vision, image_ids, open_image
+from dcache.state import Embeddings
 
 PROMPTS = {"p0": ("img0",), "p1": ("img1",), "p2": ("img0", "img1")}
 ATOL = 5e-5  # float32 in another order of operations
@@ -105,3 +109,48 @@ def test_the_token_behind_an_image_stays_if_it_is_asked_for(model: Model) -> Non
     at = whole.index(IMAGE)
     assert model.tokenizer.decode([whole[at + 1]]) == "\n"
     assert image_ids(model.tokenizer, messages) == whole[: at + 1] + whole[at + 2 :]
+
+
+def generated(model: Model, rows: Spliced, forbidden: tuple[int, ...]) -> list[int]:
+    """12 rows in 2 blocks and 6 steps, by loop and engine, with other tokens forbidden."""
+    given = Embeddings(rows.is_image.nonzero()[:, 0].numpy(), rows.embeddings)
+    spec, transformer = replace(model.spec, forbidden=forbidden), copy(model.transformer)
+    transformer.spec = spec
+    settings = settings_from(gen_length=12, block_length=6, unmask="low-confidence(steps=6)", after_end="decode")
+    runner = Runner(replace(model, spec=spec, transformer=transformer), "none", settings)
+    return runner.run([Prompt(rows.tokens, given)])[0].canvas
+
+
+def plainly(model: Model, rows: Spliced, forbidden: tuple[int, ...]) -> list[int]:
+    """The same as the specification tells it: two surest rows of the block per step, probabilities in float64."""
+    prompt, ids = rows.embed(model.transformer.embedding), torch.full((12,), model.spec.mask_id)
+    for step in range(6):
+        embeddings = torch.cat([prompt, model.transformer.embed(ids)])[None]
+        logits = model.transformer(embeddings=embeddings)[0, -12:].clone()
+        logits[:, [*forbidden, model.spec.mask_id]] = float("-inf")
+        confidence, best = logits.double().softmax(-1).max(-1)
+        block = torch.arange(12) // 6 == step // 3
+        surest = confidence.where(block & (ids == model.spec.mask_id), -1).topk(2).indices
+        ids[surest] = best[surest]
+    return ids.tolist()
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_generated_ids_are_the_recorded_ones(
+    model: Model, vision: Vision, io: dict[str, Tensor], prompt: str
+) -> None:
+    assert sorted(model.spec.forbidden) == [120, 121, 123, 124]
+    rows, recorded = spliced(vision, io, prompt), io[f"{prompt}.generated"][0].tolist()
+    assert generated(model, rows, model.spec.forbidden) == recorded
+    assert plainly(model, rows, model.spec.forbidden) == recorded
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_other_ids_are_generated_where_recorded_ones_are_forbidden(
+    model: Model, vision: Vision, io: dict[str, Tensor], prompt: str
+) -> None:
+    """Those that were forbidden in the recorded runs would not have been predicted there."""
+    rows, forbidden = spliced(vision, io, prompt), (100, 94, 16)
+    found = generated(model, rows, forbidden)
+    assert not set(forbidden) & set(found)
+    assert found == plainly(model, rows, forbidden)

@@ -60,6 +60,12 @@ def test_the_published_config_gives_the_published_sizes() -> None:
     assert found.n_parameters == 8015581184  # as LLaDA-8B
 
 
+def test_what_the_published_loop_never_predicts_is_forbidden() -> None:
+    """By the tokens' names, where there is a tokenizer that knows them; end-of-text in any case."""
+    assert spec().forbidden == (126081,)
+    assert load_model(GOLDEN, device="cpu").spec.forbidden == (121, 120, 123, 124)
+
+
 def test_the_tower_has_the_published_sizes_without_its_last_layer() -> None:
     found = looks()
     assert (found.image_size, found.patch_size, found.side, found.width, found.n_layers) == (384, 14, 27, 1152, 26)

@@ -1,5 +1,7 @@
 """Candidates and scores against a plain reference in float64, and what samples look like."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,22 @@ def test_the_mask_is_never_a_candidate_and_the_filters_bound_what_is(seed, how, 
     assert (allowed | (drawn.tokens == best)).all()
     if temperature == 0:
         assert torch.equal(drawn.tokens, best)
+
+
+@given(seed=seeds, how=filters, rule=st.sampled_from(["plain", "filtered"]), end=st.booleans())
+def test_forbidden_tokens_are_as_if_the_vocabulary_had_none_of_them(seed, how, rule, end):
+    temperature, top_p, top_k = how
+    logits, never, step = random_logits(seed), (2, 5), asked(replace(SPEC, forbidden=(2, 5)))
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, confidence=rule, seed=seed, forbid_eos=end)
+    without = logits.clone()
+    without[..., [*never, *[EOS] * end]] = float("-inf")
+    found = draw(logits, step, sampling, Noise(seed))
+    expected = draw(without, asked(SPEC), sampling.model_copy(update={"forbid_eos": False}), Noise(seed))
+    assert not torch.isin(found.tokens, torch.tensor(never)).any()
+    for name in ("tokens", "logits", "confidence"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    given = probability(logits, torch.full_like(found.tokens, never[0]), step, sampling)
+    assert (given == 0).all()
 
 
 @pytest.mark.parametrize(
