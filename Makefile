@@ -18,7 +18,7 @@ torch = $(VENV)/.torch-$(TORCH)
 quickstart: $(VENV)/.dcache
 	$(bin)/dcache compare --policies elastic,dkv
 
-test: $(VENV)/.dcache-test
+test: $(VENV)/.dcache-ci
 	$(bin)/pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.dcache-dev
