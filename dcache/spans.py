@@ -52,7 +52,8 @@ def alone(net: Network, b: int, given: Embeddings, span: Span) -> Kept:
     first = int(np.searchsorted(given.positions, span.start))
     rows = given.values[first : first + span.stop - span.start]
     before = net.embed(given.preamble)
-    k, v = (x[:, :, len(before) :].clone() for x in net.alone(b, torch.cat([before, rows.to(before)])))
+    mine = slice(len(before), None)
+    k, v = (x[:, :, mine].clone() for x in net.alone(b, torch.cat([before, rows.to(before)]), images=mine))
     return Kept(len(before), k, v)
 
 

@@ -24,7 +24,8 @@ def cosine_ref(x: Tensor, y: Tensor) -> Tensor:
         units.append(row / norm.clamp_min(SMALLEST_NORM))
         squares.append((norm / SMALLEST_NORM).clamp_max(1).square())
     distance = (units[0] - units[1]).square().sum(-1, keepdim=True)
-    return ((squares[0] + squares[1] - distance) / 2).squeeze(-1)
+    cos: Tensor = (squares[0] + squares[1] - distance) / 2
+    return cos.squeeze(-1)
 
 
 def cosine_triton(x: Tensor, y: Tensor) -> Tensor:

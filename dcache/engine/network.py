@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dcache.arrays import Bools, positions
+from dcache.arrays import Bools, Ints, positions
 from dcache.errors import UsageError
 from dcache.kernels.rows import put, take
 from dcache.kernels.select import ascending
@@ -17,6 +18,7 @@ from dcache.models.transformer import Block, ModelSpec, Transformer
 if TYPE_CHECKING:
     from dcache.engine.layer import Layer
 
+NO_ROWS = slice(0)
 ALIGN_SLOTS = 64  # keys per sequence are padded to this on a GPU: unaligned score products cost 0.7 to 0.9 ms a step
 
 
@@ -204,7 +206,7 @@ class Network(Weights):
         self._buffers: dict[str, Tensor] = {}
         self._asked: set[str] = set()
         self._preloaded: Callable[[Bools], None] = lambda rows: None
-        self._called: Callable[[int, int], None] = lambda b, n: None
+        self._called: Callable[[int, Ints], None] = lambda b, n: None
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A device tensor of the policy's own, zeroed; ask for it in `begin` and write it in place.
@@ -227,15 +229,15 @@ class Network(Weights):
         """Engine only: who keeps the list of written rows."""
         self._preloaded = note
 
-    def on_alone(self, note: Callable[[int, int], None]) -> None:
-        """Engine only: who counts forward calls beside the passes, by sequence and number of rows."""
+    def on_alone(self, note: Callable[[int, Ints], None]) -> None:
+        """Engine only: who counts forward calls beside the passes, by sequence and number of rows per region."""
         self._called = note
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """What rows of these tokens start from: (n, d_model)."""
         return self._model.embed(torch.tensor(ids, dtype=torch.int64, device=self.device))
 
-    def alone(self, b: int, h: Tensor) -> tuple[Tensor, Tensor]:
+    def alone(self, b: int, h: Tensor, images: slice = NO_ROWS) -> tuple[Tensor, Tensor]:
         """Keys and values of rows by themselves, in `begin`: they see each other and nothing else.
 
         A forward call of its own, by ordinary layers; no store is read or written. It counts as one of sequence `b`,
@@ -244,6 +246,7 @@ class Network(Weights):
         Args:
             b: the sequence that it is made for.
             h: (n, d_model), what the rows start from; they stand at positions from 0.
+            images: which of them stand for images, for the accounts; the others count as text.
 
         Returns:
             keys after rotary embedding and values, each (layers, kv_heads, n, head_dim).
@@ -252,7 +255,8 @@ class Network(Weights):
         if not 0 < n <= most:
             raise UsageError(f"{n} rows were to be computed by themselves; the model has positions for 1 to {most}")
         k, v = self._model.keys(h.to(self.device, self.dtype)[None])
-        self._called(b, n)
+        n_image = len(range(*images.indices(n)))
+        self._called(b, np.array([n_image, n - n_image, 0]))  # in the order of `REGIONS`
         return k[:, 0], v[:, 0]
 
     def preload(self, layer: int, rows: Bools, k: Tensor, v: Tensor) -> None:

@@ -123,7 +123,8 @@ class Painter:
         y, x = (line - sprites[..., at, None] for at in (1, 2))  # (batch, 9, CELL)
         seen = self.shapes[sprites[..., 0, None, None], y.clamp_min(0)[..., None], x.clamp_min(0)[..., None, :]]
         seen = torch.where((y >= 0)[..., None] & (x >= 0)[..., None, :], seen, 0)
-        shades = seen.unflatten(1, (SIDE, SIDE)).transpose(2, 3).reshape(len(sprites), SIDE * CELL, SIDE * CELL).long()
+        cells = seen.view(-1, SIDE, SIDE, CELL, CELL).transpose(2, 3)  # (batch, line, y, column, x)
+        shades = cells.reshape(-1, SIDE * CELL, SIDE * CELL).long()
         grid = torch.arange(SIDE * CELL, device=sprites.device)
         edge = (grid % CELL == 0) & (grid > 0)
         return self.colours[torch.where((shades == 0) & (edge[:, None] | edge), 1, shades)].permute(0, 3, 1, 2)

@@ -74,16 +74,17 @@ def image_rows(vision: Vision, rows: Tensor) -> Tensor:
 
     The rows of the squeezed image, then those of the canvas, which is the same tile, with a newline row behind a line.
     """
-    lines = rows.unflatten(1, (vision.spec.side, vision.spec.side))
+    lines = rows.view(len(rows), vision.spec.side, vision.spec.side, -1)
     newlines = vision.newline.to(rows.dtype).expand(len(rows), vision.spec.side, 1, -1)
     return torch.cat([rows, torch.cat([lines, newlines], dim=2).flatten(1, 2)], dim=1)
 
 
 def cell_rows(rows: Tensor) -> Tensor:
     """Mean of the rows of each cell, all of one size before: (batch, patches, d) -> (batch, 9, d)."""
-    side = int(rows.shape[1] ** 0.5)
-    cells = rms_norm(rows.float(), rows.shape[-1:]).unflatten(1, (SIDE, side // SIDE, SIDE, side // SIDE))
-    return cells.mean((2, 4)).flatten(1, 2)
+    batch, n, d = rows.shape
+    of_cell = int(n**0.5) // SIDE  # patches along a side
+    cells: Tensor = rms_norm(rows.float(), (d,)).view(batch, SIDE, of_cell, SIDE, of_cell, d).mean((2, 4))
+    return cells.flatten(1, 2)
 
 
 @dataclass

@@ -76,3 +76,14 @@ def test_rows_beyond_the_positions_of_the_model_are_refused(n):
 
     with pytest.raises(UsageError, match=f"{n} rows were to be computed by themselves; .* 1 to 128"):
         run(Wide())
+
+
+def test_rows_of_images_count_apart_from_those_of_text():
+    class Split(Plain):
+        def begin(self, net, state):
+            net.alone(0, torch.zeros(5, net.spec.d_model), images=slice(2, None))
+
+    first, plain = (run(policy)[0] for policy in (Split(), Plain()))
+    added = first.region_kv_row_layers - plain.region_kv_row_layers
+    assert (added[:, 0] == [3, 2, 0]).all()
+    assert (added[:, 1:] == 0).all()
