@@ -12,7 +12,19 @@ import typer
 from pydantic import ValidationError
 
 from dcache.bench import tables
-from dcache.bench.reports import EndToEndReport, EndToEndSettings, FloorReport, KernelReport, Report, read, write
+from dcache.bench.reports import (
+    EndToEndReport,
+    EndToEndSettings,
+    FloorReport,
+    ImageReport,
+    ImageSettings,
+    KernelReport,
+    Record,
+    Report,
+    StageResult,
+    read,
+    write,
+)
 from dcache.calls import split_list
 from dcache.errors import UsageError
 from dcache.models.loading import DTYPES
@@ -32,11 +44,12 @@ Model = Annotated[str, typer.Argument(help="a shape such as llada-8b:random, a s
 Out = Annotated[Path | None, typer.Option("--out", help="folder for the JSON and Markdown files")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1; the GPU if there is one")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16 on a GPU and float32 on a CPU unless given")]
+NoGraphs = Annotated[bool, typer.Option("--no-graphs", help="run every pass without CUDA graphs")]
 
 
-def _setting(name: str, shown: str | None = None, **options: Any) -> Any:
-    field = EndToEndSettings.model_fields[name]
-    default = shown or (", ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default)
+def _setting(name: str, kind: type[Record] = EndToEndSettings, **options: Any) -> Any:
+    field = kind.model_fields[name]
+    default = ", ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
     told = "" if default is None else f"  [default: {default}]"
     return typer.Option("--" + name.replace("_", "-"), help=f"{field.description}{told}", **options)
 
@@ -104,7 +117,9 @@ def e2e(
     repeats: Annotated[int | None, _setting("repeats")] = None,
     seconds: Annotated[float | None, _setting("seconds")] = None,
     seed: Annotated[int | None, _setting("seed")] = None,
-    no_graphs: Annotated[bool, typer.Option("--no-graphs", help="run every pass without CUDA graphs")] = False,
+    images: Annotated[int | None, _setting("images")] = None,
+    image_size: Annotated[int | None, _setting("image_size")] = None,
+    no_graphs: NoGraphs = False,
     split: Annotated[bool, typer.Option("--split", help="profile a few steps: where their time goes")] = False,
     trace: Annotated[bool, typer.Option("--trace", help="profile a few steps: syncs and gaps")] = False,
     device: Device = None,
@@ -116,23 +131,66 @@ def e2e(
     from dcache.bench.conditions import conditions
 
     settings = _settings(
-        prompt=prompt, gen=gen, block=block if block in (None, "none") else _counts("--block", block)[0],
+        EndToEndSettings,
+        prompt=prompt, gen=gen, block=_block(block),
         tokens_per_step=None if tokens_per_step is None else _counts("--tokens-per-step", tokens_per_step),
         batch=None if batch is None else _counts("--batch", batch), repeats=repeats, seconds=seconds, seed=seed,
-        graphs=not no_graphs,
+        graphs=not no_graphs, images=images, image_size=image_size,
     )  # fmt: skip
     built_in = [name for name, entry in plugins().policies.entries.items() if entry.source == BUILT_IN]
     lines = bench.tasks(built_in if policies is None else split_list(policies), settings)
     loaded = load_model(model, device=device, dtype=dtype)
     if (split or trace) and loaded.device.type != "cuda":
         raise UsageError("--split and --trace profile a GPU, and there is none; leave them out")
+    lines = bench.shown(loaded, lines)
     lines[0].state(loaded.spec)  # a canvas that does not fit ends the command, not every line of it
-    measured = bench.floor_of(loaded, settings)
-    report = EndToEndReport(conditions=conditions(loaded.device, loaded.dtype, loaded), settings=settings)
+    image_rows = lines[0].image_rows
+    measured = bench.floor_of(loaded, settings, image_rows)
+    found = conditions(loaded.device, loaded.dtype, loaded)
+    report = EndToEndReport(conditions=found, settings=settings, image_rows=image_rows)
     for result in bench.results(loaded, lines, measured, _profiles(split, trace)):
         report = report.model_copy(update={"floor": measured.curve()})
         p50 = "failed" if result.all is None else f"p50 {result.all.p50:.2f} ms"
         report = _added(report, result, out, f"{result.policy}, batch {result.batch}: {p50}")
+    _finish(report)
+
+
+@app.command()
+def images(
+    model: Model,
+    sizes: Annotated[str | None, _setting("sizes", ImageSettings)] = None,
+    policies: Annotated[str | None, _setting("policies", ImageSettings)] = None,
+    prompt: Annotated[int | None, _setting("prompt", ImageSettings)] = None,
+    gen: Annotated[int | None, _setting("gen", ImageSettings)] = None,
+    block: Annotated[str | None, _setting("block", ImageSettings, metavar="INTEGER|none")] = None,
+    repeats: Annotated[int | None, _setting("repeats", ImageSettings)] = None,
+    seed: Annotated[int | None, _setting("seed", ImageSettings)] = None,
+    no_graphs: NoGraphs = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Out = None,
+) -> None:
+    """Time the vision part stage by stage, and requests with new and known images to their first commit."""
+    from dcache.bench import images as bench
+    from dcache.bench.conditions import conditions
+    from dcache.bench.prompts import vision_of
+    from dcache.conditions import device_name
+
+    given = _settings(
+        ImageSettings,
+        sizes=None if sizes is None else _counts("--sizes", sizes),
+        policies=None if policies is None else split_list(policies),
+        prompt=prompt, gen=gen, block=_block(block), repeats=repeats, seed=seed, graphs=not no_graphs,
+    )  # fmt: skip
+    settings = bench.checked(given)
+    loaded = load_model(model, device=device, dtype=dtype)
+    vision_of(loaded)
+    found, host = conditions(loaded.device, loaded.dtype, loaded), device_name(torch.device("cpu"))
+    report = ImageReport(conditions=found, host=host, settings=settings)
+    for result in bench.results(loaded, settings):
+        name = "stages" if isinstance(result, StageResult) else result.policy
+        how = "failed" if result.failure else "done"
+        report = _added(report, result, out, f"{name}, {result.size} x {result.size}: {how}")
     _finish(report)
 
 
@@ -169,12 +227,19 @@ def _profiles(split: bool, trace: bool) -> Callable[..., dict[str, object]]:
     return extra
 
 
-def _settings(**given: Any) -> EndToEndSettings:
+S = TypeVar("S", EndToEndSettings, ImageSettings)
+
+
+def _settings(kind: type[S], **given: Any) -> S:
     found = {name: None if value == "none" else value for name, value in given.items() if value is not None}
     try:
-        return EndToEndSettings.model_validate(found)
+        return kind.model_validate(found)
     except ValidationError as error:
-        raise UsageError("; ".join(explain("the benchmark", EndToEndSettings, e) for e in error.errors())) from None
+        raise UsageError("; ".join(explain("the benchmark", kind, e) for e in error.errors())) from None
+
+
+def _block(text: str | None) -> int | str | None:
+    return text if text in (None, "none") else _counts("--block", text)[0]
 
 
 def _counts(flag: str, text: str) -> list[int]:
@@ -187,7 +252,7 @@ def _counts(flag: str, text: str) -> list[int]:
     return found
 
 
-R = TypeVar("R", KernelReport, FloorReport, EndToEndReport)
+R = TypeVar("R", KernelReport, FloorReport, EndToEndReport, ImageReport)
 
 
 def _added(report: R, result: Any, out: Path | None, told: str) -> R:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
 import torch
 
 from dcache.bench.floor import Floor, rows_of_passes
+from dcache.bench.prompts import pictures, random_prompts, with_images
 from dcache.bench.reports import EndToEndSettings, PolicyResult, Times
 from dcache.conditions import written
 from dcache.decode import decode
 from dcache.engine import Engine
 from dcache.errors import DCacheError, MemoryLimitError, UsageError
+from dcache.generate import Prompt
 from dcache.models.loading import Model
 from dcache.models.transformer import ModelSpec
 from dcache.plugins import make_policy, make_unmasker
@@ -30,22 +32,39 @@ SHORTEST = 8  # steps of a decode that is stopped early
 
 @dataclass(frozen=True)
 class Task:
-    """One line of the table: a policy, a batch size, a number of tokens per step."""
+    """One line of the table: a policy, a batch size, a number of tokens per step.
+
+    `prompts` are those with images, at least `batch` of the same length; without any they are random tokens.
+    """
 
     policy: str
     batch: int
     tokens_per_step: int
     settings: EndToEndSettings
+    prompts: tuple[Prompt, ...] = ()
 
     @property
     def unmask(self) -> str:
         """The unmasker, as written."""
         return f"low-confidence(tokens_per_step={self.tokens_per_step})"
 
+    @property
+    def image_rows(self) -> int:
+        """Rows of each prompt that are of images."""
+        return len(self.prompts[0]) - self.settings.prompt if self.prompts else 0
+
+    @property
+    def canvas(self) -> int:
+        """Rows of a sequence: text, images, and what is generated."""
+        return self.settings.prompt + self.image_rows + self.settings.gen
+
     def state(self, spec: ModelSpec) -> State:
         """A fresh canvas; all policies get the same prompts."""
         s = self.settings
-        return State(spec, random_prompts(spec, s.prompt, self.batch, s.seed), s.gen, s.block)
+        if not self.prompts:
+            return State(spec, random_prompts(spec, s.prompt, self.batch, s.seed), s.gen, s.block)
+        prompts = self.prompts[: self.batch]
+        return State(spec, prompts, s.gen, s.block, embeddings=[prompt.embeddings for prompt in prompts])
 
     def plugins(self, spec: ModelSpec) -> tuple[CachePolicy, Unmasker]:
         """Policy and unmasker; raises UsageError where they do not go together."""
@@ -67,16 +86,27 @@ def tasks(policies: Sequence[str], settings: EndToEndSettings) -> list[Task]:
     ]
 
 
-def random_prompts(spec: ModelSpec, length: int, batch: int, seed: int) -> list[list[int]]:
-    """Prompts without special tokens."""
-    ordinary = np.setdiff1d(np.arange(spec.vocab_size), [spec.mask_id, spec.eos_id, *spec.end_ids])
-    drawn: list[list[int]] = np.random.default_rng(seed).choice(ordinary, size=(batch, length)).tolist()
-    return drawn
+def shown(model: Model, lines: Sequence[Task]) -> list[Task]:
+    """The lines with the images that their settings ask for, which pass the tower here, once for all lines.
+
+    Raises:
+        UsageError: for a model without vision, and for more rows than it takes.
+    """
+    s = lines[0].settings
+    if not s.images:
+        return list(lines)
+    most = max(s.batch)
+    images = pictures(s.image_size, most * s.images, s.seed)
+    prompts = tuple(
+        with_images(model, ids, images[b * s.images : (b + 1) * s.images])
+        for b, ids in enumerate(random_prompts(model.spec, s.prompt, most, s.seed))
+    )
+    return [replace(line, prompts=prompts) for line in lines]
 
 
-def floor_of(model: Model, settings: EndToEndSettings) -> Floor:
-    """A floor that is exact where all rows of all sequences are computed."""
-    canvas = settings.prompt + settings.gen
+def floor_of(model: Model, settings: EndToEndSettings, image_rows: int = 0) -> Floor:
+    """A floor that is exact where all rows of all sequences are computed, `image_rows` of each among them."""
+    canvas = settings.prompt + image_rows + settings.gen
     return Floor(model.transformer, exact=[canvas * batch for batch in settings.batch])
 
 
@@ -94,14 +124,14 @@ def results(model: Model, lines: Sequence[Task], floor: Floor, extra: Extra) -> 
             result = blank.model_copy(update={"failure": str(error)})
         except torch.OutOfMemoryError:  # not in a pass: what a policy prepares, the floor, a profile
             result = blank.model_copy(update={"failure": _out_of_memory(model, line), "peak_bytes": peak(model)})
-        _free(model)  # here, where no traceback holds the tensors of the run any more
+        free(model)  # here, where no traceback holds the tensors of the run any more
         yield result
 
 
 def measure(model: Model, line: Task, floor: Floor, extra: Extra) -> PolicyResult:
     """Decode once outside the clock, then as often as wanted; then, with the engine gone, measure the floor."""
     runs, seconds, found = _decodes(model, line, extra)
-    _free(model)
+    free(model)
     return summary(line, model.spec, runs, seconds, floor).model_copy(update=found)
 
 
@@ -163,7 +193,7 @@ def summary(line: Task, spec: ModelSpec, runs: Sequence[Sequence[Step]], seconds
     rows = np.array([step.row_layers.sum() / spec.n_layers for step in steps])
     twice = np.array([step.again is not None for step in steps])
     n = len(runs[0])
-    full = line.batch * (line.settings.prompt + line.settings.gen)
+    full = line.batch * line.canvas
 
     def apart(which: np.ndarray) -> Times | None:
         return Times.of(ms[which].tolist(), floors[which].tolist())
@@ -218,7 +248,8 @@ def _out_of_memory(model: Model, line: Task) -> str:
     return f"out of memory with batch {line.batch}, after {gib:.1f} GiB{smaller}"
 
 
-def _free(model: Model) -> None:
+def free(model: Model) -> None:
+    """Give memory that nothing holds any more back to the device."""
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dcache.bench.reports import EndToEndReport, FloorPoint, FloorReport, KernelReport, PolicyResult, Report
+from dcache.bench.reports import (
+    EndToEndReport,
+    FloorPoint,
+    FloorReport,
+    ImageReport,
+    KernelReport,
+    PolicyResult,
+    Report,
+)
 from dcache.bench.tables import heading
 from dcache.errors import UsageError
 
@@ -28,8 +36,10 @@ def draw(reports: Sequence[Report], path: Path) -> list[Path]:
     Raises:
         UsageError: without matplotlib, and for reports without rows.
     """
-    if any(isinstance(report, KernelReport) for report in reports):
-        raise UsageError("a report of `bench kernels` has no rows to draw; give those of `bench e2e` and `bench floor`")
+    if other := next((report for report in reports if isinstance(report, KernelReport | ImageReport)), None):
+        raise UsageError(
+            f"a report of `bench {other.kind}` has no steps to draw; give those of `bench e2e` and `bench floor`"
+        )
     try:
         import matplotlib
     except ImportError:

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from dcache.errors import UsageError
 from dcache.unmasking.base import MOST
 
+WIDEST = 8192  # pixels of an image's side
+STAGES = ("cut", "key", "tower", "projector", "splice")  # from an image to rows of a prompt
 POINTS = re.compile(r"\[\s+(-?[\d.eE+-]+(?:,\s+-?[\d.eE+-]+)*)\s+\]")
 
 
@@ -251,19 +253,135 @@ class EndToEndSettings(Record):
     )
     graphs: bool = Field(True, description="capture passes in CUDA graphs")
     seed: int = Field(0, ge=0, le=MOST, description="seed of the prompts")
+    images: int = Field(0, ge=0, le=MOST, description="random images of every prompt, for a model with vision")
+    image_size: int = Field(384, ge=1, le=WIDEST, description="their width and height in pixels")
 
 
 class EndToEndReport(Record):
-    """``dcache bench e2e``; `floor` are the points that the efficiencies were interpolated from."""
+    """``dcache bench e2e``.
+
+    Attributes:
+        floor: the points that the efficiencies were interpolated from.
+        image_rows: rows of each prompt that are of images, beside the `prompt` tokens of its text.
+    """
 
     kind: Literal["e2e"] = "e2e"
     conditions: Conditions
     settings: EndToEndSettings
+    image_rows: int = 0
     floor: list[FloorPoint] = []
     results: list[PolicyResult] = []
 
 
-Report = KernelReport | FloorReport | EndToEndReport
+class StageResult(Record):
+    """What the vision part takes for an image of one size; milliseconds, medians.
+
+    Attributes:
+        size: width and height in pixels.
+        failure: why there are no numbers.
+        tiles: that the tower sees, the whole image squeezed into one among them.
+        rows: of the prompt that are the image's.
+        cut_ms: fit the image into a canvas and cut it into tiles; on the CPU.
+        key_ms: the key of the image among features: a hash of its pixels, on the CPU.
+        tower_ms: copy the tiles to the device; the tower.
+        projector_ms: bring the tower's rows to the width of the transformer.
+        splice_ms: merge the tiles to one map with newlines, and place its rows among those of the text.
+    """
+
+    what: Literal["stages"] = "stages"
+    size: int
+    failure: str | None = None
+    tiles: int = 0
+    rows: int = 0
+    cut_ms: float | None = None
+    key_ms: float | None = None
+    tower_ms: float | None = None
+    projector_ms: float | None = None
+    splice_ms: float | None = None
+
+    @property
+    def times(self) -> list[float | None]:
+        """Those of `STAGES`."""
+        return [getattr(self, f"{name}_ms") for name in STAGES]
+
+    @property
+    def sum_ms(self) -> float | None:
+        """All stages; None where they failed."""
+        known = [ms for ms in self.times if ms is not None]
+        return sum(known) if known else None
+
+
+class Latency(Record):
+    """Milliseconds from an image and token ids to the first committed token, over requests of one kind.
+
+    Attributes:
+        n: how many requests that are.
+        p50, least, most: of their times.
+        passes: of the first step, mean.
+        rows: mean rows of a layer in them.
+    """
+
+    n: int
+    p50: float
+    least: float
+    most: float
+    passes: float
+    rows: float
+
+
+class RequestResult(Record):
+    """Requests of one policy with images of one size.
+
+    Attributes:
+        policy, size: what ran.
+        image_rows, canvas: rows of the image, and of the whole canvas.
+        failure: why there are no numbers.
+        graphs: whether passes were captured.
+        recorded: graphs that were recorded among the measured requests; 0 if these are what they should be.
+        new: requests with an image that was never seen.
+        again: requests with the image of the request before, and another text.
+    """
+
+    what: Literal["request"] = "request"
+    policy: str
+    size: int
+    image_rows: int = 0
+    canvas: int = 0
+    failure: str | None = None
+    graphs: bool = False
+    recorded: int = 0
+    new: Latency | None = None
+    again: Latency | None = None
+
+
+class ImageSettings(Record):
+    """What ``dcache bench images`` measures."""
+
+    sizes: tuple[Annotated[int, Field(ge=1, le=WIDEST)], ...] = Field(
+        (384, 768, 1152), min_length=1, description="widths and heights of the images, in pixels"
+    )
+    policies: tuple[str, ...] = Field(
+        ("none", "fast-dllm", "vlcache", "vlcache(ratio=0)"), min_length=1, description="policies that get requests"
+    )
+    prompt: int = Field(64, ge=1, le=MOST, description="random prompt tokens beside the image")
+    gen: int = Field(256, ge=1, le=MOST, description="rows to generate")
+    block: int | None = Field(32, ge=1, le=MOST, description="rows of a block")
+    repeats: int = Field(5, ge=1, le=MOST, description="measured requests of each kind, after some that are not")
+    graphs: bool = Field(True, description="capture passes in CUDA graphs")
+    seed: int = Field(0, ge=0, le=MOST, description="seed of the images and prompts")
+
+
+class ImageReport(Record):
+    """``dcache bench images``; `host` is the CPU that cut the images."""
+
+    kind: Literal["images"] = "images"
+    conditions: Conditions
+    host: str
+    settings: ImageSettings
+    results: list[Annotated[StageResult | RequestResult, Field(discriminator="what")]] = []
+
+
+Report = KernelReport | FloorReport | EndToEndReport | ImageReport
 _ANY: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminator="kind")])
 
 

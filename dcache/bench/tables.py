@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 from dcache.bench.activity import GROUPS
 from dcache.bench.reports import (
+    STAGES,
     Conditions,
     EndToEndReport,
     FloorReport,
+    ImageReport,
     KernelReport,
+    Latency,
     PolicyResult,
     Report,
+    RequestResult,
+    StageResult,
     Times,
 )
 from dcache.text import printable
@@ -73,6 +78,8 @@ def tables(report: Report) -> list[Table]:
         return [_kernels(report)]
     if isinstance(report, FloorReport):
         return [_floor(report)]
+    if isinstance(report, ImageReport):
+        return [_stages(report), *_requests(report)]
     return [_end_to_end(report), *_splits(report), *_gaps(report)]
 
 
@@ -112,7 +119,8 @@ def _floor(report: FloorReport) -> Table:
 def _end_to_end(report: EndToEndReport) -> Table:
     s = report.settings
     block = f"block {s.block}" if s.block else "one block"
-    what = f"prompt {s.prompt}, gen {s.gen}, {block}, {s.repeats} repeats"
+    shown = f"{s.images} x {s.image_size} pixels ({report.image_rows} rows), " if s.images else ""
+    what = f"prompt {s.prompt}, {shown}gen {s.gen}, {block}, {s.repeats} repeats"
     titles = [
         *("policy", "batch", "tokens", "p50 ms", "p5", "p95", "mean", "floor", "efficiency", "one pass: p50", "eff."),
         *("two: n", "p50", "eff.", "tok/s", "rows", "head", "NFE", "peak GiB", "store GiB", "graphs", "steps"),
@@ -176,6 +184,71 @@ def _gaps(report: EndToEndReport) -> list[Table]:
     ]
     titles = ["trace", "steps", "with two passes", "syncs a step", "most", "largest gap us", "idle between passes"]
     return [Table("What the device waits for", titles, rows, [])] if rows else []
+
+
+def _stages(report: ImageReport) -> Table:
+    found = [r for r in report.results if isinstance(r, StageResult)]
+    rows = [
+        [f"{r.size} x {r.size}", _count(r.tiles), _count(r.rows), *map(_number, r.times), _number(r.sum_ms)]
+        for r in found
+    ]
+    titles = ["image", "tiles", "rows", *(f"{name} ms" for name in STAGES), "sum"]
+    notes = [
+        "Medians, with a wait for the device behind each stage. cut: fit and tile, on the CPU; key: hash of pixels; "
+        "tower: with the copy of the tiles to the device; splice: merge the tiles, place their rows in the prompt.",
+        *(f"{r.size} x {r.size}: {r.failure}" for r in found if r.failure),
+    ]
+    what = f"host {report.host}; {report.settings.repeats} images"
+    return Table(f"{heading(report.conditions)}, {what}", titles, rows, notes)
+
+
+def _requests(report: ImageReport) -> list[Table]:
+    s, found = report.settings, [r for r in report.results if isinstance(r, RequestResult)]
+    rows = [
+        [
+            *(r.policy, f"{r.size} x {r.size}", *map(_count, (r.image_rows, r.canvas))),
+            *_latency(r.new),
+            *_latency(r.again),
+            _number(r.new.p50 / r.again.p50 if r.new and r.again else None),
+        ]
+        for r in found
+    ]
+    kind = ("least", "most", "passes", "rows")
+    titles = [
+        "first commit",
+        "image",
+        "its rows",
+        "canvas",
+        "new: p50 ms",
+        *kind,
+        "again: p50 ms",
+        *kind,
+        "new / again",
+    ]
+    notes = [
+        "From an image in memory and token ids to the first committed token. new: an image never seen; again: that of "
+        "the request before, with another text. passes, rows: of the first step.",
+        *(f"{_asked(r)}: {r.failure}" for r in found if r.failure),
+        *(f"{_asked(r)}: {r.recorded} graphs were recorded among the measured requests." for r in found if r.recorded),
+    ]
+    block = f"block {s.block}" if s.block else "one block"
+    graphs = "" if s.graphs else ", no graphs"
+    what = f"Time to first commit; prompt {s.prompt}, gen {s.gen}, {block}, {s.repeats} of each{graphs}"
+    return [Table(what, titles, rows, notes)] if rows else []
+
+
+def _asked(r: RequestResult) -> str:
+    return f"{r.policy}, {r.size} x {r.size}"
+
+
+def _latency(found: Latency | None) -> Cells:
+    if found is None:
+        return ["-"] * 5
+    return list(map(_number, (found.p50, found.least, found.most, found.passes, found.rows)))
+
+
+def _count(n: int) -> str:
+    return str(n) if n else "-"
 
 
 def _number(value: float | None) -> str:

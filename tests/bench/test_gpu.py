@@ -1,5 +1,7 @@
 """What of ``dcache bench`` only a GPU can show: ``pytest -m gpu``."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,14 +10,16 @@ from dcache.bench import clock
 from dcache.bench.activity import gaps, splits
 from dcache.bench.cases import OPS, Draw, Size
 from dcache.bench.e2e import Task, floor_of, results
+from dcache.bench.images import requests, stages
 from dcache.bench.kernels import ceilings, measure
 from dcache.bench.profile import profiled_steps
-from dcache.bench.reports import Ceilings, EndToEndSettings
+from dcache.bench.reports import Ceilings, EndToEndSettings, ImageSettings
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
+SEEING = Path(__file__).resolve().parents[1] / "golden" / "models" / "llada_v"
 CUDA = torch.device("cuda")
 LIMITS = Ceilings(copy_tb_s=4.0, product_tflop_s=700.0)
 
@@ -69,3 +73,16 @@ def test_a_policy_is_timed_split_and_traced() -> None:
     assert 0 < split.host < split.wall
     assert found.gaps.syncs == 1
     assert found.gaps.largest_gap_us > 0
+
+
+def test_requests_with_images_are_timed_on_recorded_passes() -> None:
+    pytest.importorskip("PIL.Image")
+    model = dcache.load_model(SEEING, device="cuda")
+    settings = ImageSettings(sizes=(30,), prompt=40, gen=32, block=32, repeats=2)
+    assert all(ms > 0 for ms in stages(model, settings, 30).times)
+    for policy in ("none", "vlcache"):
+        found = requests(model, settings, policy, 30)
+        assert found.graphs
+        assert found.recorded == 0
+        assert found.new.p50 > 0
+        assert found.again.p50 > 0
