@@ -22,6 +22,7 @@ from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, Ver
 from dcache.errors import DCacheError, UsageError
 from dcache.generate import Output, Runner, problem_prompt, settings_from
 from dcache.plugins import load_model, make_policy
+from dcache.scaffold.command import new_policy
 from dcache.tasks.base import Problem, Task
 from dcache.tasks.prompts import Prompts
 from dcache.text import printable
@@ -356,6 +357,9 @@ def verify(
         print(f"{counts['pass']} pass, {counts['fail']} fail, {counts['n/a']} not applicable")
     if counts["fail"]:
         raise typer.Exit(1)
+
+
+app.command("new-policy")(new_policy)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
