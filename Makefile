@@ -28,7 +28,7 @@ lint: $(VENV)/.dcache-dev
 	PYTHON=$(abspath $(bin)/python) tools/types.sh
 
 docs: $(VENV)/.dcache-docs
-	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --site-dir site
 	@echo "open site/index.html, or for the search: $(bin)/python -m http.server -d site"
 
 clean:
