@@ -98,7 +98,7 @@ def test_a_canvas_is_the_prompt_of_the_checkpoint_then_the_solution_and_padding(
         assert tokens[:n_prompt] == [t for t, seen in zip(spliced.tokens, spliced.is_image, strict=True) if not seen]
         end = tokens.index(special_id(tokenizer, layout.turn_end), n_prompt)
         assert tokenizer.decode(tokens[n_prompt:end]) == problem.solution
-        assert set(tokens[end + 1 :]) == {special_id(tokenizer, layout.eos)}
+        assert set(tokens[end:]) == {special_id(tokenizer, layout.turn_end)}
         assert len(tokens) >= n_prompt + Scenes.gen_length
 
 
