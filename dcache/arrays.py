@@ -51,9 +51,11 @@ def highest(score: np.ndarray, among: Bools, count: Ints | int) -> Bools:
         if 0 < wanted < len(index):  # a partition, because a stable sort of 4,096 costs 0.7 ms
             value = score[b][index]
             cut = np.partition(value, -wanted)[-wanted]
-            above, ties = index[value > cut], index[value == cut]
-            chosen[b, above] = True
-            chosen[b, ties[: wanted - len(above)]] = True
+            kept = value >= cut
+            surplus = np.count_nonzero(kept) - wanted
+            if surplus > 0:  # of those equal to the cut the rightmost are too many
+                kept[np.flatnonzero(value == cut)[-surplus:]] = False
+            chosen[b, index] = kept
         elif wanted > 0:
             chosen[b, index] = True
     return chosen
