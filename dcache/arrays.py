@@ -37,12 +37,6 @@ def first(mask: Bools, otherwise: Ints | int) -> Ints:
     return np.where(mask.any(-1), mask.argmax(-1), otherwise).astype(np.int64)
 
 
-def nth(mask: Bools, n: int, otherwise: int) -> Ints:
-    """Index of the `n`-th true entry, from 1, of each row of `mask` (batch, n_positions); `otherwise` without one."""
-    found = [row.nonzero()[0] for row in mask]
-    return np.array([index[n - 1] if len(index) >= n else otherwise for index in found], dtype=np.int64)
-
-
 def highest(score: np.ndarray, among: Bools, count: Ints | int) -> Bools:
     """Mark the `count` (batch,) highest scores (batch, n) of `among`, or all if they are fewer; ties go left."""
     chosen = np.zeros_like(among)

@@ -172,20 +172,20 @@ class D2Cache(CachePolicy):
             score = score + block * top
             search = search & self._search(state, block)
         prior = highest(score, search, self.config.current_k)
-        missed = ~(prior & state.window).any(1)
+        missed = ~(prior & state.window).any(1, keepdims=True)
         if missed.any():  # nothing that may be committed would be predicted, and the run would stop here
-            prior = prior | highest(score, state.window & missed[:, None], self.config.current_k)
+            prior = prior | highest(score, state.window & missed, self.config.current_k)
         return score, prior
 
     def _search(self, state: State, block: Bools) -> Bools:
         """From the first position of `block` over `current_k` masks, up to a multiple of its size."""
-        search = np.zeros_like(block)
+        search: Bools = np.zeros(block.shape, dtype=bool)
         for b, (begin, length) in enumerate(zip(state.gen_start.tolist(), state.lengths.tolist(), strict=True)):
             masks = state.masked[b].nonzero()[0][: self.config.current_k]
-            reach = int(masks[-1]) if len(masks) == self.config.current_k else length - 1
-            size = np.count_nonzero(block[b])  # 0 where nothing is left of the block
-            start = int(block[b].argmax()) if size else begin
-            search[b, start : begin + ((reach - begin) // max(size, 1) + 1) * max(size, 1)] = True
+            last = int(masks[-1]) if len(masks) == self.config.current_k else length - 1
+            left = block[b].nonzero()[0]  # nothing, in a sequence that is finished
+            size, start = (len(left), int(left[0])) if len(left) else (1, begin)
+            search[b, start : begin + ((last - begin) // size + 1) * size] = True
         return search
 
     def _nucleus(self, importance: NDArray[np.float64], free: Bools) -> Bools:

@@ -542,9 +542,7 @@ class Engine:
 
     # -- device to host -------------------------------------------------------------------------------------------
 
-    def _seen(
-        self, prepared: Prepared, arrays: dict[str, np.ndarray], before: Seen | None, landing: Landing
-    ) -> Seen:
+    def _seen(self, prepared: Prepared, arrays: dict[str, np.ndarray], before: Seen | None, landing: Landing) -> Seen:
         assert prepared.outputs is not None
         out, state, where, lanes = prepared.outputs.host, self.state, arrays["where"], arrays["lanes"]
         if out["bad"].any():
