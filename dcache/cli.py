@@ -289,8 +289,11 @@ def _explain(output: Output, steps: bool) -> None:
         for step in trace.mine:
             note(_step(step, trace.index))
     rate = len(output.tokens) / trace.seconds if trace.seconds else 0.0
+    regions = trace.regions
+    parts = ", ".join(f"{name} {100 * region.row_share:.0f} %" for name, region in regions.items())
     note(
-        f"{len(output.tokens)} tokens, {trace.nfe} forward calls, {100 * trace.row_share:.0f} % of the rows, "
+        f"{len(output.tokens)} tokens, {trace.nfe} forward calls, {100 * trace.row_share:.0f} % of the rows"
+        f"{f' ({parts})' if regions['image'].rows else ''}, "
         f"{trace.refreshes} refreshes, {trace.seconds:.2f} s, {rate:.1f} tok/s"
     )
 

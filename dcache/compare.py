@@ -285,6 +285,7 @@ class Run:
             step_ms=[round(step.seconds * 1000, 3) for step in trace.mine],
             peak_bytes=peak,
             cache_bytes=cache,
+            regions=trace.regions,
         )
 
     @property
@@ -341,11 +342,18 @@ class Comparison:
         """Conditions, one line per policy, and a summary: the text that ``dcache compare`` prints."""
         return report.table(self.conditions, self.standings)
 
+    def by_region(self) -> str:
+        """One line per policy: rows and refreshes of images, of the rest of the prompt and of the generation.
+
+        `table` has it too where a prompt has an image. Empty for results of an earlier version.
+        """
+        return "".join(f"{line}\n" for line in report.by_region(self.standings))
+
     def to_pandas(self) -> DataFrame:
         """One row per result."""
         from pandas import DataFrame
 
-        return DataFrame([result.model_dump(exclude={"kind"}) for result in self.results])
+        return DataFrame([result.flat for result in self.results])
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write ``results.jsonl`` into a folder, as ``out=`` does; returns the file. Other results are left alone."""

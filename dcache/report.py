@@ -10,6 +10,9 @@ NFE                       forward calls; mean over problems
 tokens/forward            tokens up to the first end-of-text, divided by forward calls
 rows computed             row-layers that ran a query, as a share of as many steps without a cache
 refreshes                 steps that computed every row in the last layer; mean over problems
+image, text, generated    rows and refreshes of image rows, of other prompt rows and of generated rows: row-layers as a
+                          share of those of the region without a cache, and of all that the policy computed; steps that
+                          computed every row of the region in the last layer
 ========================  ==============================================================================================
 
 ± is one standard deviation over repeats, carried through the ratio. A comparison that was interrupted is judged by the
@@ -31,6 +34,7 @@ import numpy as np
 
 from dcache.calls import write_value
 from dcache.config import DecodeSettings
+from dcache.regions import REGIONS, Region
 from dcache.results import Conditions, Entrant, Result
 from dcache.text import printable
 
@@ -39,6 +43,25 @@ NAME_WIDTH = 32  # a longer name of a policy takes a line of its own, so that on
 FEW_PROBLEMS = 30
 LOW_ACCURACY = 0.2
 Z = 2  # standard errors that a difference must exceed
+
+
+@dataclass(frozen=True)
+class Part:
+    """What fell on one region, over the problems that have rows there; shares are 0 to 1, or above.
+
+    Attributes:
+        row_share: row-layers computed, of those of the region without a cache; None if no problem has such rows.
+        of_rows: row-layers computed, of those that the policy computed in all regions.
+        refreshed_share: row-layers refreshed, of those of the region without a cache; None if no problem has such rows.
+        of_refreshed: row-layers refreshed, of those that the policy refreshed in all regions.
+        refreshes: steps whose last layer refreshed the region; mean over problems; None if none has such rows.
+    """
+
+    row_share: float | None
+    of_rows: float
+    refreshed_share: float | None
+    of_refreshed: float
+    refreshes: float | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +86,7 @@ class Standing:
         step_p50_ms, step_p95_ms: wall time of a step.
         cache_bytes: most held by stores.
         peak_bytes: most GPU memory; None on a CPU.
+        regions: by name; None if a result is of an earlier version, which did not keep them apart.
     """
 
     policy: str
@@ -83,6 +107,7 @@ class Standing:
     step_p95_ms: float
     cache_bytes: int
     peak_bytes: int | None
+    regions: dict[str, Part] | None
 
 
 # From results to standings
@@ -143,6 +168,30 @@ def _standing(name: str, mine: list[Result], base: list[Result], reference: Stan
         step_p95_ms=float(np.percentile(step_ms, 95)) if step_ms else 0.0,
         cache_bytes=max(result.cache_bytes for result in mine),
         peak_bytes=max(peaks) if peaks else None,
+        regions=_parts(mine),
+    )
+
+
+def _parts(results: list[Result]) -> dict[str, Part] | None:
+    """What fell on each region; None if a result does not say."""
+    known = [result.regions for result in results if result.regions is not None]
+    if len(known) < len(results):
+        return None
+    found = {name: [regions[name] for regions in known] for name in REGIONS}
+    everything = [part for parts in found.values() for part in parts]
+    return {name: _part([part for part in parts if part.rows], everything) for name, parts in found.items()}
+
+
+def _part(mine: list[Region], everything: list[Region]) -> Part:
+    full = sum(part.full_row_layers for part in mine)
+    rows, all_rows = (sum(part.row_layers for part in parts) for parts in (mine, everything))
+    refreshed, all_refreshed = (sum(part.refreshed_row_layers for part in parts) for parts in (mine, everything))
+    return Part(
+        row_share=rows / full if full else None,
+        of_rows=rows / all_rows if all_rows else 0.0,
+        refreshed_share=refreshed / full if full else None,
+        of_refreshed=refreshed / all_refreshed if all_refreshed else 0.0,
+        refreshes=sum(part.refreshes for part in mine) / len(mine) if mine else None,
     )
 
 
@@ -195,6 +244,27 @@ def columns(table: Sequence[Standing]) -> list[Column]:
         Column("step ms", "p50 / p95", lambda s: f"{_three(s.step_p50_ms)} / {_three(s.step_p95_ms)}"),
         Column("cache", "MiB", lambda s: _three(s.cache_bytes / 2**20)),
         *([peak] if any(row.peak_bytes is not None for row in table) else []),
+    ]
+
+
+def region_columns(table: Sequence[Standing]) -> list[Column]:
+    """Those of the regions in which any row of a prompt or a generation lies."""
+    parts = [row.regions for row in table if row.regions is not None]
+    here = [name for name in REGIONS if any(regions[name].row_share is not None for regions in parts)]
+    named = Column("policy", "", lambda s: printable(s.policy))
+    return [named, *(column for name in here for column in _columns_of(name))]
+
+
+def _columns_of(name: str) -> list[Column]:
+    """The columns of one region."""
+
+    def filled(cell: Callable[[Part], str]) -> Callable[[Standing], str]:
+        return lambda standing: "-" if standing.regions is None else cell(standing.regions[name])
+
+    return [
+        Column(name, "rows", filled(lambda part: _percent(part.row_share))),
+        Column(name, "of all", filled(lambda part: _percent(part.of_rows))),
+        Column(name, "refreshes", filled(lambda part: "-" if part.refreshes is None else _short(part.refreshes))),
     ]
 
 
@@ -273,17 +343,34 @@ def table(conditions: Conditions, rows: Sequence[Standing]) -> str:
     lines = heading(conditions)
     if not rows:
         return "\n".join([*lines, "", "No problem was finished by all policies yet.", ""])
-    cols = columns(rows)
+    lines += _grid(columns(rows), rows)
+    if _with_images(rows):
+        lines += ["", *by_region(rows)]
+    text = summary(conditions, rows).replace(" %", "\N{NO-BREAK SPACE}%")
+    return "\n".join([*lines, "", textwrap.fill(text, WIDTH).replace("\N{NO-BREAK SPACE}", " "), ""])
+
+
+def by_region(rows: Sequence[Standing]) -> list[str]:
+    """Rows and refreshes by region, one line per policy; nothing if no result says."""
+    return _grid(region_columns(rows), rows) if any(row.regions is not None for row in rows) else []
+
+
+def _with_images(rows: Sequence[Standing]) -> bool:
+    return any(row.regions is not None and row.regions["image"].row_share is not None for row in rows)
+
+
+def _grid(cols: Sequence[Column], rows: Sequence[Standing]) -> list[str]:
+    """Two lines of heading and one per policy, or two where its name is long."""
     cells = [[c.title for c in cols], [c.unit for c in cols]]
     for row in rows:
         name, *numbers = (c.cell(row) for c in cols)
         cells += [[name, *numbers]] if len(name) <= NAME_WIDTH else [[name], ["", *numbers]]
     widths = [max(len(line[i]) for line in cells if len(line) > 1) for i in range(len(cols))]
+    lines = []
     for line in cells:
         rest = [text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=False)]
         lines.append("  ".join([line[0].ljust(widths[0]), *rest]).rstrip())
-    text = summary(conditions, rows).replace(" %", "\N{NO-BREAK SPACE}%")
-    return "\n".join([*lines, "", textwrap.fill(text, WIDTH).replace("\N{NO-BREAK SPACE}", " "), ""])
+    return lines
 
 
 def summary(conditions: Conditions, rows: Sequence[Standing]) -> str:
@@ -418,12 +505,17 @@ def _cpu(conditions: Conditions, rows: Sequence[Standing]) -> list[str]:
 
 def markdown(conditions: Conditions, rows: Sequence[Standing]) -> str:
     """The table for a README or an issue."""
-    cols = columns(rows)
-    titles = [f"{c.title}{c.unit}" if c.title.endswith("/") else f"{c.title} {c.unit}".strip() for c in cols]
-    lines = [titles, ["---", *["---:"] * (len(cols) - 1)], *([c.cell(row) for c in cols] for row in rows)]
-    grid = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]
+    grid = _pipes(columns(rows), rows)
+    grid += ["", *_pipes(region_columns(rows), rows)] if _with_images(rows) else []
     body = [*grid, "", summary(conditions, rows)] if rows else ["No problem was finished by all policies yet."]
     return "\n".join([" ".join(heading(conditions)), "", *body, ""])
+
+
+def _pipes(cols: Sequence[Column], rows: Sequence[Standing]) -> list[str]:
+    """A table of markdown."""
+    titles = [f"{c.title}{c.unit}" if c.title.endswith("/") else f"{c.title} {c.unit}".strip() for c in cols]
+    lines = [titles, ["---", *["---:"] * (len(cols) - 1)], *([c.cell(row) for c in cols] for row in rows)]
+    return ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]
 
 
 def as_json(conditions: Conditions, rows: Sequence[Standing]) -> str:
@@ -439,9 +531,15 @@ def as_json(conditions: Conditions, rows: Sequence[Standing]) -> str:
 def as_csv(conditions: Conditions, rows: Sequence[Standing]) -> str:
     """The standings, one line per policy, numbers in the units that their names end in."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(Standing.__dataclass_fields__), lineterminator="\n")
+    whole = [field for field in Standing.__dataclass_fields__ if field != "regions"]
+    parts = {f"{name}_{field}": (name, field) for name in REGIONS for field in Part.__dataclass_fields__}
+    writer = csv.DictWriter(out, [*whole, *parts], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    for row in rows:
+        values = {field: getattr(row, field) for field in whole}
+        if (regions := row.regions) is not None:
+            values |= {column: getattr(regions[name], field) for column, (name, field) in parts.items()}
+        writer.writerow(values)
     return out.getvalue()
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dcache.errors import UsageError
+from dcache.regions import Region
 
 FILE = "results.jsonl"
 MAY_GROW = frozenset({"started", "limit", "n_problems", "repeats"})
@@ -132,6 +133,8 @@ class Result(BaseModel):
         full_row_layers: row-layers of as many steps without a cache.
         row_share: ``row_layers / full_row_layers``.
         refreshes: steps that computed every row in the last layer.
+        regions: the same of image rows, of the rest of the prompt and of generated rows, by name; None in results of an
+            earlier version.
         step_ms: wall time of each step; the sequences of a batch share their steps.
         peak_bytes: most GPU memory in use, without the stores of the other policies; None on a CPU.
         cache_bytes: of all stores of the batch.
@@ -160,6 +163,14 @@ class Result(BaseModel):
     step_ms: list[float]
     peak_bytes: int | None
     cache_bytes: int
+    regions: dict[str, Region] | None = None
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """The fields without `kind`; those of a region as ``image_row_layers``, ``text_row_layers``, ..."""
+        whole = self.model_dump(exclude={"kind", "regions"})
+        parts = (self.regions or {}).items()
+        return whole | {f"{name}_{field}": x for name, part in parts for field, x in part.model_dump().items()}
 
     @property
     def key(self) -> tuple[int, str, str]:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dcache.arrays import Bools, Floats, Ints, first
+from dcache.arrays import Bools, Bytes, Floats, Ints, first
 from dcache.errors import UnmaskerError, UsageError
 from dcache.models.transformer import ModelSpec
+from dcache.regions import NOWHERE, region_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +53,7 @@ class Moment(NamedTuple):
     step: Ints
     active: Bools
     valid: Bools
+    region_sizes: Ints
     eos_id: int
 
 
@@ -104,6 +106,9 @@ class State:
         valid: (batch, slots) bool: the slot belongs to the sequence.
         prompt: (batch, slots) bool: the slot is prompt.
         embedded: (batch, slots) bool: prompt slots that start from an embedding of their own.
+        region: (batch, slots) uint8: what the slot stands for, by number, see `dcache.regions`. That of a guided text's
+            masked prompt is that of the prompt.
+        region_sizes: (batch, regions) int64: slots of each region.
         masked: (batch, slots) bool: still to decode. A list of its own, not ``tokens == mask_id``: rows dropped
             behind an end-of-text hold the mask and are not decoded, and a model may predict the mask id.
         known: (batch, slots) bool: prompt, or committed and not put back; rows dropped undecoded are neither masked
@@ -158,6 +163,9 @@ class State:
         for b, ids_ in enumerate(prompts):
             self.tokens[b, : len(ids_)] = ids_
         self.embedded: Bools = self._embedded()
+        images = np.tile(self.embedded[: self.n_texts], (batch // self.n_texts, 1))
+        self.region: Bytes = region_of(self.valid, self.prompt, images)
+        self.region_sizes: Ints = np.stack([(self.region == r).sum(1) for r in range(NOWHERE)], axis=1)
         self._generated: Bools = self.valid & ~self.prompt
         self.masked: Bools = self._generated.copy()
         self._active_in: Bools | None = None  # the mask that `_active` was read from
@@ -237,7 +245,7 @@ class State:
     @property
     def moment(self) -> Moment:
         """Where the batch stands, to be looked at later."""
-        return Moment(self.step, self.active, self.valid, self.spec.eos_id)
+        return Moment(self.step, self.active, self.valid, self.region_sizes, self.spec.eos_id)
 
     @property
     def needed(self) -> Bools:

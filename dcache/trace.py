@@ -9,6 +9,7 @@ import numpy as np
 
 from dcache.arrays import Bools, Ints
 from dcache.policy import Plan
+from dcache.regions import REGIONS, Region
 from dcache.state import Moment, Seen
 from dcache.unmasking.base import Update
 
@@ -23,7 +24,7 @@ class Step:
     Attributes:
         step: (batch,) int64 number of the step in each sequence, from 0.
         active: (batch,) bool: sequences that took part.
-        refresh: (batch,) bool: every row of the sequence was computed in the last layer.
+        refresh: (batch,) bool: every row of the sequence was computed in the last layer, those of a region in one pass.
         kind: of the plan.
         rows: (batch, slots) bool rows of the plan that were computed.
         again: (batch, slots) bool rows of the second pass; None without one.
@@ -35,6 +36,11 @@ class Step:
         remask: (batch, slots) bool.
         row_layers: (layers, batch) int64 row-layers that ran a query, both passes.
         kv_row_layers: (layers, batch) int64 row-layers whose K or V were projected.
+        region_sizes: (batch, regions) int64 rows of the canvas in each region of `dcache.regions.REGIONS`.
+        region_row_layers: (layers, batch, regions) int64: `row_layers`, by region.
+        region_kv_row_layers: (layers, batch, regions) int64: `kv_row_layers`, by region.
+        refreshed: (layers, batch, regions) bool: one pass computed every row of the region in the layer; False where
+            the region has no rows.
         reports: what the policy's layers reported.
         maps: recompute maps, when asked for.
         seconds: wall time of the step, its sync included.
@@ -55,6 +61,10 @@ class Step:
     remask: Bools
     row_layers: Ints
     kv_row_layers: Ints
+    region_sizes: Ints
+    region_row_layers: Ints
+    region_kv_row_layers: Ints
+    refreshed: Bools
     reports: dict[str, np.ndarray] = field(default_factory=dict)
     maps: dict[str, Bools] = field(default_factory=dict)
     seconds: float = 0.0
@@ -73,8 +83,7 @@ class Step:
     ) -> Step:
         """Record a step, any time after it; `moment` is that before it was applied."""
         part = moment.valid & moment.active[:, None]
-        computed = plan.row_mask if again is None else plan.row_mask | again.row_mask
-        complete = (computed | ~part).all(1) & (count.rows[-1] >= part.sum(1))
+        complete = (count.refreshed[-1] | (moment.region_sizes == 0)).all(1)
         commit, tokens = update.written(moment.eos_id)
         return Step(
             step=moment.step,
@@ -89,8 +98,12 @@ class Step:
             confidence=seen.confidence,
             drop=update.drop,
             remask=update.remask,
-            row_layers=count.rows,
-            kv_row_layers=count.kv_rows,
+            row_layers=count.rows.sum(-1),
+            kv_row_layers=count.kv_rows.sum(-1),
+            region_sizes=moment.region_sizes,
+            region_row_layers=count.rows,
+            region_kv_row_layers=count.kv_rows,
+            refreshed=count.refreshed,
             reports=seen.reports,
             maps=count.maps,
             seconds=seconds,
@@ -160,6 +173,24 @@ class Trace:
     def row_share(self) -> float:
         """Row-layers computed, as a share of those without a cache in the same number of steps; 0 to 1, or above."""
         return self.row_layers / self.full_row_layers if self.full_row_layers else 0.0
+
+    @property
+    def regions(self) -> dict[str, Region]:
+        """Rows and refreshes of images, of the rest of the prompt and of the generation; row-layers add up to ours."""
+        return {name: self._region(number) for number, name in enumerate(REGIONS)}
+
+    def _region(self, r: int) -> Region:
+        mine, sequences = self.mine, self._rows
+        rows = int(mine[0].region_sizes[self.index, r]) if mine else 0
+        refreshed = sum(int(s.refreshed[:, sequences, r].sum()) for s in mine)
+        return Region(
+            rows=rows,
+            row_layers=sum(int(s.region_row_layers[:, sequences, r].sum()) for s in mine),
+            kv_row_layers=sum(int(s.region_kv_row_layers[:, sequences, r].sum()) for s in mine),
+            full_row_layers=rows * self.n_layers * self.nfe * len(sequences),
+            refreshed_row_layers=rows * refreshed,
+            refreshes=sum(bool(s.refreshed[-1, self.index, r]) for s in mine),
+        )
 
     @property
     def seconds(self) -> float:

@@ -1,9 +1,9 @@
-"""Gather and scatter of rows by position, and their number: data movement, exact.
+"""Gather and scatter of rows by position, and their number by class: data movement, exact.
 
 ``take(x, rows, lanes)[b, ..., i, :] = x[lanes[b], ..., rows[b, i], :]`` and ``put(x, rows, y, lanes)`` is its inverse
 in place; without lanes, lane b is sequence b. Padded entries of `rows` point at the dump slot, which every store has,
 so no mask is needed; what several of them write there is undefined and never read as a result.
-``tally(counter, rows, dump)`` adds to ``counter[b]`` the number of ``rows[b]`` below the dump slot.
+``tally(counter, rows, classes, lanes)`` adds to ``counter[b, c]`` the number of ``rows[b]`` whose position has class c.
 """
 
 import torch
@@ -87,29 +87,42 @@ def check_fit(x: Tensor, rows: Tensor, y: Tensor) -> None:
         )
 
 
-def tally_ref(counter: Tensor, rows: Tensor, dump: int) -> None:
+def tally_ref(counter: Tensor, rows: Tensor, classes: Tensor, lanes: Tensor | None = None) -> None:
     """The torch twin of `tally`."""
-    counter += (rows < dump).sum(-1)
+    mine = classes if lanes is None else classes[lanes]
+    found = mine.gather(1, rows)[..., None] == torch.arange(counter.shape[1], device=rows.device)
+    counter += found.sum(1)
 
 
-def tally_triton(counter: Tensor, rows: Tensor, dump: int) -> None:
-    """The kernel of `tally`."""
-    batch, n = rows.shape
+def tally_triton(counter: Tensor, rows: Tensor, classes: Tensor, lanes: Tensor | None = None) -> None:
+    """The kernel of `tally`; a program counts one class of one lane."""
+    n = rows.shape[1]
     block = min(triton.next_power_of_2(max(n, 1)), TILE)
-    _tally_kernel[(batch,)](
-        counter, rows, n, dump, counter.stride(0), *rows.stride(), BLOCK=block, num_warps=max(block // 256, 1)
+    _tally_kernel[tuple(counter.shape)](
+        counter,
+        rows,
+        classes,
+        lanes,
+        n,
+        *counter.stride(),
+        *rows.stride(),
+        *classes.stride(),
+        BLOCK=block,
+        num_warps=max(block // 256, 1),
     )
 
 
-def tally(counter: Tensor, rows: Tensor, dump: int) -> None:
-    """Count real rows, in place.
+def tally(counter: Tensor, rows: Tensor, classes: Tensor, lanes: Tensor | None = None) -> None:
+    """Count rows by the class of their position, in place.
 
     Args:
-        counter: (batch,) int64; the number of real rows of each lane is added to it.
-        rows: (batch, n) int64, padded with the dump slot.
-        dump: number of the dump slot.
+        counter: (batch, n_classes) int64; the number of rows of each lane and class is added to it.
+        rows: (batch, n) int64, each in 0..slots-1.
+        classes: (sequences, slots) uint8, the class of every position. Those from n_classes on are not counted; that of
+            the dump slot is one of them.
+        lanes: as for `take`.
     """
-    (tally_triton if use_triton(rows) else tally_ref)(counter, rows, dump)
+    (tally_triton if use_triton(rows) else tally_ref)(counter, rows, classes, lanes)
 
 
 def _copy(x: Tensor, rows: Tensor, y: Tensor, lanes: Tensor | None, put: bool) -> None:
@@ -181,12 +194,30 @@ def _copy_kernel(
 
 
 @triton.jit
-def _tally_kernel(counter, rows, n, dump, stride_counter, stride_rows_b, stride_rows_n, BLOCK: tl.constexpr):
-    i_b = tl.program_id(0).to(tl.int64)
+def _tally_kernel(
+    counter,
+    rows,
+    classes,
+    lanes,
+    n,
+    stride_counter_b,
+    stride_counter_c,
+    stride_rows_b,
+    stride_rows_n,
+    stride_classes_b,
+    stride_classes_n,
+    BLOCK: tl.constexpr,
+):
+    i_b, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_lane = i_b
+    if lanes is not None:
+        i_lane = tl.load(lanes + i_b)
     b_count = tl.zeros((BLOCK,), dtype=tl.int64)
     for i_n in range(0, n, BLOCK):
         o_n = i_n + tl.arange(0, BLOCK)
-        b_slot = tl.load(rows + i_b * stride_rows_b + o_n * stride_rows_n, mask=o_n < n, other=dump)
-        b_count += (b_slot < dump).to(tl.int64)
-    p_counter = counter + i_b * stride_counter
+        m_n = o_n < n
+        b_slot = tl.load(rows + i_b * stride_rows_b + o_n * stride_rows_n, mask=m_n, other=0)
+        b_class = tl.load(classes + i_lane * stride_classes_b + b_slot * stride_classes_n, mask=m_n, other=0)
+        b_count += (m_n & (b_class.to(tl.int32) == i_c)).to(tl.int64)
+    p_counter = counter + i_b * stride_counter_b + i_c * stride_counter_c
     tl.store(p_counter, tl.load(p_counter) + tl.sum(b_count, axis=0))

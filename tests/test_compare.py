@@ -17,6 +17,7 @@ import dcache
 from dcache import CachePolicy, Comparison, Plan, UsageError, compare, generate, load_model
 from dcache.compare import Experiment, Memory, Run
 from dcache.plugins import make_policy
+from dcache.regions import REGIONS, Region
 from dcache.results import FILE, Result, read_results
 from dcache.tasks.base import Problem, Task
 
@@ -228,6 +229,7 @@ def test_results_agree_with_what_generate_returns(model):
     assert (result.text, result.tokens, result.canvas) == (output.text, output.tokens, output.canvas)
     assert (result.nfe, result.row_layers, result.refreshes) == (8, output.trace.row_layers, 8)
     assert (result.row_share, result.full_row_layers) == (1, result.row_layers)
+    assert result.regions == output.trace.regions
     assert len(result.step_ms) == result.nfe
     assert result.peak_bytes is None
     assert result.cache_bytes > 0
@@ -249,7 +251,8 @@ def test_to_pandas_has_one_row_per_result(model):
     comparison = compare(model, ["dkv"], Words(), **SMALL)
     frame = comparison.to_pandas()
     assert len(frame) == len(comparison.results) == 6
-    assert set(Result.model_fields) - {"kind"} == set(frame.columns)
+    parts = {f"{name}_{field}" for name in REGIONS for field in Region.model_fields}
+    assert (set(Result.model_fields) - {"kind", "regions"}) | parts == set(frame.columns)
 
 
 # What is written
@@ -265,6 +268,21 @@ def test_a_finished_comparison_is_not_run_again(model, tmp_path):
     first = compare(model, ["dkv"], Words(), out=tmp_path, **SMALL)
     assert list(Run(Experiment(["dkv"], Words(), **SMALL), model, tmp_path)) == []
     assert compare(model, ["dkv"], Words(), out=tmp_path, **SMALL).results == first.results
+
+
+def test_results_of_an_earlier_version_are_continued_and_tell_no_regions(model, tmp_path):
+    whole = compare(model, ["dkv"], Words(), out=tmp_path, **SMALL)
+    file = tmp_path / FILE
+    lines = [json.loads(line) for line in file.read_bytes().splitlines()[:-1]]
+    for line in lines[:3]:
+        line.pop("regions", None)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = Run(Experiment(["dkv"], Words(), **SMALL), model, tmp_path)
+    assert keys(run) == [("p2", "dkv")]
+    assert tokens(run.comparison) == tokens(whole)
+    assert [row.regions for row in run.comparison.standings] == [None, None]
+    assert run.comparison.by_region() == ""
+    assert "tok/s" in run.comparison.table()
 
 
 def test_an_interrupted_comparison_runs_only_what_is_missing(model, tmp_path):

@@ -87,7 +87,8 @@ def assert_same(cpu: list[Step], gpu: list[Step]) -> None:
     assert commits(gpu) == commits(cpu)
     for a, b in zip(cpu, gpu, strict=True):
         assert (a.rows == b.rows).all()
-        assert (a.row_layers == b.row_layers).all()
+        assert (a.region_row_layers == b.region_row_layers).all()
+        assert (a.refreshed == b.refreshed).all()
         finite = np.isfinite(a.confidence)
         assert np.abs(a.confidence[finite] - b.confidence[finite]).max(initial=0) < 1e-4
 

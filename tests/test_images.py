@@ -1,6 +1,7 @@
 """Images of a prompt, from a file or a task to the tokens of every policy; on a random model."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from dcache import Problem, ReuseCache, Task, UsageError
 from dcache.calls import split_list
 from dcache.cli import main
 from dcache.generate import image_prompt
+from dcache.plugins import make_policy
+from dcache.regions import REGIONS
 
 Image = pytest.importorskip("PIL.Image")
 FOLDER = Path(__file__).parent / "golden" / "models" / "llada_v"
@@ -94,11 +97,12 @@ def test_the_command_line_takes_images_and_files_that_name_them(capsys, tmp_path
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = ["--model", str(FOLDER), "--device", "cpu", "--gen-length", "8", "--block-length", "4"]
     assert main(["generate", "what", "--image", str(tmp_path / "a.png"), *flags]) == 0
-    one = capsys.readouterr().out
+    one, told = capsys.readouterr()
+    assert re.search(r"% of the rows \(image \d+ %, text \d+ %, generated \d+ %\), ", told)
     assert main(["generate", "--prompts", str(tmp_path / "p.jsonl"), *flags]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert main(["compare", "--policies", "dkv", "--prompts", str(tmp_path / "p.jsonl"), *flags]) == 0
-    assert "dkv" in capsys.readouterr().out
+    assert "of all" in capsys.readouterr().out
     assert main(["generate", "--prompts", str(tmp_path / "p.jsonl"), "--image", "a.png", *flags]) == 2
     assert "--image goes with one prompt" in capsys.readouterr().err
     assert main(["generate", "what", "--image", str(tmp_path / "a.png"), "--gen-length", "8"]) == 2
@@ -148,3 +152,53 @@ def test_each_image_of_a_prompt_is_a_span_of_its_own(model):
     assert first.stop == second.start < second.stop < third.start
     assert first.key == third.key != second.key
     assert [p for span in prompt.embeddings.spans for p in range(*span[:2])] == prompt.embeddings.positions.tolist()
+
+
+def test_regions_are_the_images_the_rest_of_the_prompt_and_the_generation(model):
+    prompt = image_prompt(model, "<image><image> are these alike", [picture(1), picture(2)])
+    trace = dcache.generate(
+        model, "<image><image> are these alike", "fast-dllm", images=[picture(1), picture(2)], **SMALL
+    ).trace
+    image, text, generated = (trace.regions[name] for name in REGIONS)
+    n = len(prompt.embeddings.positions)
+    assert (image.rows, text.rows, generated.rows) == (n, len(prompt) - n, 8)
+    assert image.refreshes == text.refreshes == 2  # each block begins with a pass of all rows
+    assert image.row_share == text.row_share == 2 / trace.nfe < generated.row_share
+    assert dcache.generate(model, "are these alike", "fast-dllm", **SMALL).trace.regions["image"].rows == 0
+
+
+def test_an_image_that_comes_again_costs_fewer_image_rows_alone(model):
+    policy = make_policy("vlcache(inner=fast-dllm,ratio=0.1)")
+    runs = [dcache.generate(model, "what is this", policy, images=[picture(1)], **SMALL).trace for _ in range(2)]
+    first, again = (trace.regions for trace in runs)
+    assert again["image"].row_layers < first["image"].row_layers
+    assert again["image"].refreshes < first["image"].refreshes
+    assert again["text"].refreshes == first["text"].refreshes
+
+
+def test_the_table_tells_regions_apart_where_a_prompt_has_an_image(model):
+    comparison = dcache.compare(model, ["fast-dllm"], Pictures(), **SMALL)
+    table, told = comparison.table(), comparison.by_region()
+    assert told in table
+    titles, units, none, cached = told.splitlines()
+    assert titles.split() == ["policy", *(name for name in REGIONS for _ in range(3))]
+    assert units.split() == ["rows", "of", "all", "refreshes"] * 3
+    assert none.split().count("100") == 3
+    standing = comparison.standings[1].regions
+    assert standing["image"].refreshes == 2  # mean over the two problems with images
+    assert 0 < standing["image"].row_share == standing["image"].refreshed_share < 1
+    assert sum(part.of_rows for part in standing.values()) == pytest.approx(1)
+    assert sum(part.of_refreshed for part in standing.values()) == pytest.approx(1)
+    assert cached.split()[1] == f"{100 * standing['image'].row_share:.0f}"
+
+
+def test_the_table_of_texts_alone_has_no_regions_and_python_has_two(model):
+    class Texts(Pictures):
+        def problems(self, split, limit, seed):
+            return [Problem("none", "what")]
+
+    comparison = dcache.compare(model, ["dkv"], Texts(), **SMALL)
+    assert "image" not in comparison.table()
+    assert comparison.by_region().splitlines()[0].split() == ["policy", *["text"] * 3, *["generated"] * 3]
+    image = comparison.standings[0].regions["image"]
+    assert (image.row_share, image.of_rows, image.refreshes) == (None, 0, None)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from dcache import report
+from dcache.regions import Region
 from dcache.results import Conditions, Entrant, Result
 from dcache.text import printable
 
@@ -104,6 +105,63 @@ def test_json_and_csv_hold_the_numbers_behind_the_table():
     table = list(csv.DictReader(io.StringIO(report.as_csv(given, rows))))
     assert [row["agreement"] for row in table] == ["1.0", "0.875", "1.0"]
     assert table[0]["peak_bytes"] == ""
+
+
+def part(rows, row_layers, refreshed=0, refreshes=0):
+    return Region(
+        rows=rows, row_layers=row_layers, kv_row_layers=row_layers, full_row_layers=8 * rows,
+        refreshed_row_layers=refreshed, refreshes=refreshes,
+    )  # fmt: skip
+
+
+def regions(image, text, generated):
+    return {"image": image, "text": text, "generated": generated}
+
+
+PICTURED = [
+    result("none", "a", regions=regions(part(6, 48, 48, 4), part(2, 16, 16, 4), part(2, 16, 16, 4))),
+    result("none", "b", regions=regions(part(0, 0), part(8, 64, 64, 4), part(2, 16, 16, 4))),
+    result("dkv", "a", regions=regions(part(6, 12, 12, 1), part(2, 8, 4, 1), part(2, 16, 16, 4))),
+    result("dkv", "b", regions=regions(part(0, 0), part(8, 32, 16, 2), part(2, 12, 8, 2))),
+]
+
+BY_REGION = """\
+policy  image   image      image   text    text       text  generated  generated  generated
+         rows  of all  refreshes   rows  of all  refreshes       rows     of all  refreshes
+none    100 %    30 %          4  100 %    50 %          4      100 %       20 %          4
+dkv      25 %    15 %          1   50 %    50 %        1.5       88 %       35 %          3
+"""
+
+
+def test_rows_and_refreshes_by_region_stand_below_the_table():
+    given = conditions("none", "dkv")
+    rows = report.standings(given, PICTURED)
+    assert BY_REGION in report.table(given, rows)
+    assert "| policy | image rows | image of all | image refreshes | text rows |" in report.markdown(given, rows)
+    dkv = rows[1].regions
+    assert dkv["image"].refreshed_share == 12 / 48
+    assert [p.of_refreshed for p in dkv.values()] == [12 / 56, 20 / 56, 24 / 56]
+
+
+def test_json_and_csv_hold_the_regions():
+    given = conditions("none", "dkv")
+    rows = report.standings(given, PICTURED)
+    read = json.loads(report.as_json(given, rows))["policies"][1]["regions"]
+    assert read["image"]["row_share"] == 0.25
+    table = list(csv.DictReader(io.StringIO(report.as_csv(given, rows))))
+    assert table[1]["image_row_share"] == "0.25"
+    assert table[1]["generated_refreshes"] == "3.0"
+    earlier = list(
+        csv.DictReader(io.StringIO(report.as_csv(given, report.standings(given, [result("none"), result("dkv")]))))
+    )
+    assert earlier[0]["image_row_share"] == ""
+
+
+def test_results_of_an_earlier_version_leave_a_dash():
+    mixed = [result("none", "a"), *PICTURED[1:]]
+    rows = standings(mixed)
+    assert rows[0].regions is None
+    assert report.by_region(rows)[2].split() == ["none", *["-"] * 9]
 
 
 # Definitions

@@ -249,9 +249,10 @@ def put(d: Draw) -> Call:
 
 
 def tally(d: Draw) -> Call:
-    """Real rows of each lane."""
-    counter = torch.zeros(d.batch, dtype=torch.int64, device=d.device)
-    return Call((counter, d.rows(), d.slots), 8 * d.batch * d.n, written=(0,))
+    """Rows of each lane in each of three regions."""
+    counter = torch.zeros(d.batch, 3, dtype=torch.int64, device=d.device)
+    classes = (4 * d.uniform(d.batch, d.slots)).to(torch.uint8)
+    return Call((counter, d.rows(), classes), 9 * d.batch * d.n, written=(0,))
 
 
 def logits(d: Draw) -> Tensor:

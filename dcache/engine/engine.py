@@ -33,6 +33,7 @@ from dcache.kernels.confidence import all_finite
 from dcache.kernels.rows import put, take
 from dcache.models.transformer import ModelSpec, Transformer
 from dcache.policy import CachePolicy, Plan
+from dcache.regions import NOWHERE, REGIONS
 from dcache.state import Seen, State
 from dcache.unmasking.base import Ask, Asked, Unmasker
 
@@ -104,14 +105,17 @@ class Count:
     """What the passes of one step computed.
 
     Attributes:
-        rows: (layers, batch) int64 row-layers that ran a query.
-        kv_rows: (layers, batch) int64 row-layers whose K or V were projected.
+        rows: (layers, batch, regions) int64 row-layers that ran a query, by region: see `dcache.regions`.
+        kv_rows: (layers, batch, regions) int64 row-layers whose K or V were projected.
+        refreshed: (layers, batch, regions) bool: one pass computed every row of the region in the layer; False where
+            the region has no rows.
         passes: 1, or 2 in a reviewed step.
         maps: "rows" and "kv_rows" to (layers, batch, slots) bool, when asked for.
     """
 
     rows: Ints
     kv_rows: Ints
+    refreshed: Bools
     passes: int = 0
     maps: dict[str, Bools] = field(default_factory=dict)
 
@@ -243,6 +247,8 @@ class Engine:
         else:
             self.stores.clear(self.debug)
         self._place_embeddings(state)
+        self._regions = np.pad(state.region, ((0, 0), (0, 1)), constant_values=NOWHERE)  # the dump slot lies nowhere
+        self.boards.regions.copy_(torch.from_numpy(self._regions))
         if state.guided != (self.unmasker.sampling.guidance > 0):
             raise UsageError(
                 f"the unmasker's guidance is {self.unmasker.sampling.guidance}, but the canvas was made with "
@@ -326,9 +332,6 @@ class Engine:
         """The second pass of a reviewed step: what the first found for other rows and layers stays."""
         return self._run(plan, ask, seen)
 
-    def _zeros(self) -> Ints:
-        return np.zeros((len(self.layers), self.state.batch), dtype=np.int64)
-
     @torch.inference_mode()
     def _run(self, plan: Plan, ask: Ask, before: Seen | None) -> Seen:
         """One pass; `before` is what the first pass of a reviewed step saw."""
@@ -372,7 +375,8 @@ class Engine:
         """Checks whose failure stops the run before anybody reads a result, and what earlier steps put off."""
         self.catch_up()
         if not second:
-            self._count = Count(self._zeros(), self._zeros())
+            shape = (len(self.layers), self.state.batch, len(REGIONS))
+            self._count = Count(np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.bool_))
             self.checks.progress(ask)
         self.checks.keys(plan, ask)
 
@@ -516,7 +520,7 @@ class Engine:
             per_layer = books.per_layer[name]
             results[f"report {name}"] = board if current.whole else board.index_select(int(per_layer), current.lanes)
         if books.on_device:
-            results |= {f"count {name}": x[:, :n] for name, x in self.boards.counters.items()}
+            results["counted"] = self.boards.counted[:, :, :n]
         return results | {f"map {name}": x[:, :n] for name, x in self.boards.maps.items()}
 
     def _guide(self, logits: Tensor) -> Tensor:
@@ -586,22 +590,38 @@ class Engine:
 
     def _account(self, count: Count, books: Books, out: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:
         """Add what a pass computed to the accounts of its step, and note the keys that it wrote."""
-        lanes, slots, batch = arrays["lanes"], self.state.slots, self.state.batch
+        lanes, state = arrays["lanes"], self.state
         written = wider(self.checks.written)
         written[lanes[:, None], arrays["rows"]] = True
         self.checks.written = written[:, :-1]
-        n_rows = (arrays["rows"] < slots).sum(1)  # (lanes,)
-        layers = np.arange(len(self.layers))[:, None]
-        runs = layers >= arrays["start"] if "start" in arrays else np.ones_like(layers, dtype=bool)
-        n_shadows = (arrays["shadow"] < slots).sum(1) if "shadow" in arrays else 0
-        for name, total in (("rows", count.rows), ("kv_rows", count.kv_rows)):
-            total[:, lanes] += np.array(books.planned[name])[:, None] * runs * n_rows + n_shadows
-            if books.on_device:
-                total[:, lanes] += out[f"count {name}"]
-            if self.maps:
-                seen = count.maps.setdefault(name, np.zeros((len(self.layers), batch, slots), dtype=bool))
-                seen[:, lanes] |= out[f"map {name}"][:, :, :-1].astype(bool)
+        self._add(count, books, out.get("counted"), arrays)
+        for name in ("rows", "kv_rows") if self.maps else ():
+            seen = count.maps.setdefault(name, np.zeros((len(self.layers), state.batch, state.slots), dtype=bool))
+            seen[:, lanes] |= out[f"map {name}"][:, :, :-1].astype(bool)
         count.passes += 1
+
+    def _add(self, count: Count, books: Books, counted: np.ndarray | None, arrays: dict[str, np.ndarray]) -> None:
+        """Add the rows of a pass to the accounts of its step: those of the plan, and what the device `counted`."""
+        lanes, layers = arrays["lanes"], np.arange(len(self.layers))[:, None]
+        sizes, n_rows = self.state.region_sizes[lanes], self._by_region(arrays["rows"], lanes)  # (lanes, regions)
+        n_shadows = self._by_region(arrays["shadow"], lanes) if "shadow" in arrays else 0
+        runs = layers >= arrays["start"] if "start" in arrays else np.ones_like(layers, dtype=bool)
+        calls = {name: (np.array(n)[:, None] * runs)[..., None] for name, n in books.planned.items()}
+        count.rows[:, lanes] += calls["rows"] * n_rows + n_shadows
+        count.kv_rows[:, lanes] += calls["kv_rows"] * n_rows + n_shadows
+        whole = (calls["rows"] > 0) & (n_rows == sizes)
+        if counted is not None:
+            rows, kv_rows, repeated = counted  # in the order of `COUNTERS`
+            count.rows[:, lanes] += rows
+            count.kv_rows[:, lanes] += kv_rows
+            whole |= rows - repeated == sizes
+        count.refreshed[:, lanes] |= whole & (sizes > 0)
+
+    def _by_region(self, positions: Ints, lanes: Ints) -> Ints:
+        """(lanes, regions) int64: how many of the positions (lanes, n) lie in each region; padding lies in none."""
+        n, kinds = len(lanes), NOWHERE + 1
+        codes = self._regions[lanes[:, None], positions] + kinds * np.arange(n)[:, None]
+        return np.bincount(codes.ravel(), minlength=n * kinds).reshape(n, kinds)[:, :NOWHERE]
 
     def _blame(self, prepared: Prepared, second: bool, lane: int, lanes: Ints) -> None:
         """Run the pass once more, layer by layer, to name the first layer whose output is not finite."""

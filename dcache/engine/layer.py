@@ -21,7 +21,11 @@ from dcache.kernels.rms_norm import rms_norm_keep
 from dcache.kernels.rotary import rotary, rotary_scatter
 from dcache.kernels.rows import put, take, tally
 from dcache.models.transformer import Block, Transformer
+from dcache.regions import NOWHERE, REGIONS
 
+# What the device counts: rows that attended, rows that were projected, and those of the first that an earlier call of
+# the same layer had attended with in the same pass.
+COUNTERS = ("rows", "kv_rows", "repeated")
 FEW_ROWS = 1024  # rows of a pass up to which a layer keeps what its softmax found, for statistics of the same queries
 
 
@@ -29,8 +33,8 @@ FEW_ROWS = 1024  # rows of a pass up to which a layer keeps what its softmax fou
 class Books:
     """What one kind of pass is known to compute, found out at its first, eager run.
 
-    `planned` counts the calls that worked on exactly the rows of the plan, whose number the host knows; the other
-    calls are counted by the device in `counters`.
+    `planned` counts the calls that worked on exactly the rows of the plan, which the host knows; the rows of the other
+    calls are counted by the device in `Boards.counted`.
     """
 
     planned: dict[str, list[int]]
@@ -40,8 +44,7 @@ class Books:
 
     def counted(self, maps: bool) -> list[str]:
         """Names of the results of a pass that accounts are made of."""
-        kinds = ["count"] * self.on_device + ["map"] * maps
-        return [f"{kind} {name}" for kind in kinds for name in self.planned]
+        return ["counted"] * self.on_device + [f"map {name}" for name in self.planned] * maps
 
 
 @dataclass
@@ -88,8 +91,9 @@ class Boards:
 
     Attributes:
         reports: name to (layers, batch, ...) or (batch, ...).
-        counters: "rows" and "kv_rows" to (layers, batch) int64.
-        maps: the same names to (layers, batch, slots + 1) bool when the recompute map was asked for.
+        counted: (counters, layers, batch, regions) int64, in the order of `COUNTERS`.
+        regions: (batch, slots + 1) uint8: the region of every position, by sequence; see `dcache.regions`.
+        maps: "rows" and "kv_rows" to (layers, batch, slots + 1) bool when the recompute map was asked for.
         found: layer to what its attention found in this pass and no write has outdated: rows (batch, n), and
             log-sum-exps (batch, heads, n). Not of many rows.
     """
@@ -98,9 +102,8 @@ class Boards:
         self.layers, self.batch = layers, batch
         self.reports: dict[str, Tensor] = {}
         self.found: dict[int, tuple[Tensor, Tensor]] = {}
-        self.counters = {
-            name: torch.zeros(layers, batch, dtype=torch.int64, device=device) for name in ("rows", "kv_rows")
-        }
+        self.counted = torch.zeros(len(COUNTERS), layers, batch, len(REGIONS), dtype=torch.int64, device=device)
+        self.regions = torch.full((batch, slots + 1), NOWHERE, dtype=torch.uint8, device=device)
         self.maps = (
             {
                 name: torch.zeros(layers, batch, slots + 1, dtype=torch.bool, device=device)
@@ -113,7 +116,7 @@ class Boards:
     def clear(self) -> None:
         """Device work at the start of a pass."""
         self.found.clear()
-        for x in (*self.counters.values(), *self.maps.values()):
+        for x in (self.counted, *self.maps.values()):
             x.zero_()
 
 
@@ -142,6 +145,7 @@ class Layer:
         self._pass: Pass | None = None
         self._stream: Tensor | None = None
         self._live: Tensor | None = None
+        self._attended: list[Tensor] = []  # rows that attended here in this pass, as far as the device counts them
         self.q: Tensor | None = None
         self.q_rows: Tensor | None = None
         # Queries, as long as somebody keeps them, and the logarithm of their softmax's denominator
@@ -150,11 +154,13 @@ class Layer:
     def enter(self, current: Pass, rows: Tensor, live: Tensor) -> None:
         """Engine only: the pass this layer takes part in, the rows of its plan here, and the live sequences."""
         self._pass, self._stream, self._live, self.q, self.q_rows, self._lse = current, rows, live, None, None, None
+        self._attended = []
 
     def leave(self, rows: Tensor, h: Tensor) -> None:
         """Engine only: the layer has run on `rows` and `h`; what runs beside it may still read them, and `q`."""
         self._beside.hold(rows, h, self.q, self._lse)
         self.q = self.q_rows = None
+        self._attended = []
 
     @property
     def compact(self) -> bool:
@@ -499,6 +505,22 @@ class Layer:
             books.planned[name][self.index] += 1
         else:
             books.on_device = True
-            tally(self._boards.counters[name][self.index, : len(rows)], rows, self.dump)
+            self._tally(name, rows)
+            if name == "rows":
+                if self._attended:
+                    self._tally("repeated", self._again(rows))
+                self._attended.append(rows)
         if self._boards.maps:
             self._boards.maps[name][self.index, : len(rows)].scatter_(1, rows, True)
+
+    def _tally(self, name: str, rows: Tensor) -> None:
+        """Add rows to a counter, by region."""
+        counter = self._boards.counted[COUNTERS.index(name), self.index, : len(rows)]
+        tally(counter, rows, self._boards.regions, self._lanes)
+
+    def _again(self, rows: Tensor) -> Tensor:
+        """The rows that attended here before, in this pass; the others replaced by the dump slot."""
+        before = torch.zeros(len(rows), self.dump + 1, dtype=torch.bool, device=rows.device)
+        for earlier in self._attended:
+            before.scatter_(1, earlier, True)
+        return rows.masked_fill(~before.gather(1, rows), self.dump)

@@ -170,8 +170,8 @@ def a_batch_decodes_each_sequence_as_if_it_were_alone(subject: Subject, canvas: 
         for n, (rows, want) in enumerate(zip(together.rows(b), alone.rows(0), strict=False)):
             assert rows == want, f"step {n}, sequence {b}: computes rows {rows}, expected {want} (the sequence alone)"
         mine, own = (Trace(r.trace, i, 0, 0) for r, i in ((together, b), (alone, 0)))
-        found, expected = ((t.row_layers, t.kv_row_layers, t.nfe) for t in (mine, own))
-        told = "(row-layers, K/V row-layers, forward calls)"
+        found, expected = ((t.row_layers, t.kv_row_layers, t.nfe, t.regions) for t in (mine, own))
+        told = "(row-layers, K/V row-layers, forward calls, and these by region)"
         assert found == expected, f"sequence {b}: {told} are {found}, expected {expected} (the sequence alone)"
 
 

@@ -24,6 +24,7 @@ from dcache.engine.packet import Packet
 from dcache.errors import NumericsError
 from dcache.kernels.rows import put, take
 from dcache.policy import Plan
+from dcache.regions import REGIONS
 from dcache.testing.runs import Canvas, Run
 from dcache.testing.subject import Subject
 
@@ -87,6 +88,8 @@ class Watch:
         self._written: dict[str, np.ndarray] = {}  # in this pass, by store
         self._counted: dict[str, np.ndarray] = {}
         self._mapped: dict[str, np.ndarray] = {}
+        self._attended = np.zeros(self._shape, dtype=bool)  # in this pass
+        self._refreshed = np.zeros((*self._shape[:2], len(REGIONS)), dtype=bool)  # in this step
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -134,7 +137,9 @@ class Watch:
         download = Packet.download
 
         def attending(at: Layer, rows: Tensor, q: Tensor) -> Tensor:
-            _mark(self._mapped["rows"], at, self._count("rows", at, rows))
+            real = self._count("rows", at, rows)
+            _mark(self._mapped["rows"], at, real)
+            _mark(self._attended, at, real)
             self._sees(at)
             self._attention.counted = True
             try:
@@ -198,6 +203,7 @@ class Watch:
     def _step(self, plan: Plan, call: Callable[[], Any]) -> Any:
         self._counted = {name: np.zeros(self._shape, dtype=np.int64) for name in ("rows", "kv_rows")}
         self._mapped = {name: np.zeros(self._shape, dtype=bool) for name in ("rows", "kv_rows")}
+        self._refreshed = np.zeros_like(self._refreshed)
         self.embedded.append(np.zeros(self._shape[1:], dtype=bool))
         return self._pass(plan, call)
 
@@ -205,6 +211,7 @@ class Watch:
         engine, state = self.run.engine, self.run.state
         before = {name: engine.stores.spread(name) for name in "KV"}
         self._written = self._blank()
+        self._attended = np.zeros(self._shape, dtype=bool)
         self.downloads = 0
         seen = call()
         engine.catch_up()
@@ -216,6 +223,7 @@ class Watch:
                 self._compare(name, index, old, new, rows)
         self.embedded[-1] |= self._written["K"][0] & self._written["V"][0]
         self._books()
+        self._refreshes()
         return seen
 
     def _compare(self, name: str, index: int, old: Tensor, new: Tensor, rows: np.ndarray) -> None:
@@ -243,17 +251,36 @@ class Watch:
                     f"{self._step_text}, sequence {b}, position {p}, layer {index}: the recompute map of {name} does "
                     f"{was}have it",
                 )
-            count, told = mine.sum(-1), getattr(self.run.engine.count, name)
-            for index, b in np.argwhere(count != told)[:1]:
+            told = getattr(self.run.engine.count, name)
+            count = np.stack([np.where(region, mine, 0).sum(-1) for region in self._regions()], axis=-1)
+            for index, b, r in np.argwhere(count != told)[:1]:
                 self.note(
                     "books",
-                    f"{self._step_text}, sequence {b}, layer {index}: the engine reports {told[index, b]} {name}, "
-                    f"but {count[index, b]} were computed",
+                    f"{self._step_text}, sequence {b}, layer {index}: the engine reports {told[index, b, r]} {name} of "
+                    f"the {REGIONS[r]}, but {count[index, b, r]} were computed",
                 )
-            for b in np.flatnonzero((count.sum(0) > 0) & ~self.run.state.active)[:1]:
+            for b in np.flatnonzero((count.sum((0, 2)) > 0) & ~self.run.state.active)[:1]:
                 self.note(
                     "finished", f"{self._step_text}: {count[:, b].sum()} {name} of sequence {b}, which is finished"
                 )
+
+    def _regions(self) -> list[np.ndarray]:
+        """For each region (batch, slots) bool, from what the canvas holds."""
+        state = self.run.state
+        return [state.embedded, state.prompt & ~state.embedded, state.valid & ~state.prompt]
+
+    def _refreshes(self) -> None:
+        """The engine's refreshes of the step so far against the rows that attended."""
+        whole = [(self._attended | ~region).all(-1) & region.any(-1) for region in self._regions()]
+        self._refreshed |= np.stack(whole, axis=-1)
+        told = self.run.engine.count.refreshed
+        for index, b, r in np.argwhere(self._refreshed != told)[:1]:
+            self.note(
+                "books",
+                f"{self._step_text}, sequence {b}, layer {index}: the engine says that the {REGIONS[r]} was "
+                f"{'not ' * (not told[index, b, r])}refreshed, but a pass computed {'not ' * bool(told[index, b, r])}"
+                "all rows of it",
+            )
 
     def _in_layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         self._here = []

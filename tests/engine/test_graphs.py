@@ -37,7 +37,7 @@ def start(gens: tuple[int, int] = (9, 6)) -> State:
 
 def assert_same(one: list[Step], two: list[Step]) -> None:
     for a, b in zip(one, two, strict=True):
-        for name in ("tokens", "confidence", "row_layers", "kv_row_layers"):
+        for name in ("tokens", "confidence", "region_row_layers", "region_kv_row_layers", "refreshed"):
             assert np.array_equal(getattr(a, name), getattr(b, name)), name
 
 

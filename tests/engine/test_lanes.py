@@ -89,7 +89,8 @@ def test_what_is_left_of_a_batch_decodes_as_it_would_alone(
         ]
         assert (state.tokens[b, : state.lengths[b]] == alone.tokens[0]).all()
         for now, then in zip(mine, own, strict=True):
-            assert (now.row_layers[:, b] == then.row_layers[:, 0]).all()
+            assert (now.region_row_layers[:, b] == then.region_row_layers[:, 0]).all()
+            assert (now.refreshed[:, b] == then.refreshed[:, 0]).all()
             assert (now.maps["rows"][:, b, : alone.slots] == then.maps["rows"][:, 0]).all()
         assert not any(s.row_layers[:, b].any() for s in trace if not s.active[b])
 

@@ -91,13 +91,24 @@ def test_a_store_that_is_a_transposed_view_is_read_and_written_in_place(device: 
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 33, 2049])
-def test_every_real_row_is_counted_once_and_added(device: str, n: int) -> None:
+@pytest.mark.parametrize("laned", [False, True])
+def test_every_real_row_is_counted_once_in_its_class_and_added(device: str, n: int, laned: bool) -> None:
     rows = places(3, n, 3000, device)
-    counts = torch.full((2, 5), 100, device=device)
-    expected = counts.clone()
-    tally_triton(counts[1, :3], rows, 3000)
-    tally_ref(expected[1, :3], rows, 3000)
+    classes = torch.randint(0, 5, (4 if laned else 3, 3003), generator=torch.Generator().manual_seed(1))
+    classes[:, 3000] = 4  # the dump slot; classes from 2 on are not counted
+    lanes = torch.tensor([3, 0, 2], device=device) if laned else None
+    kinds = classes.to(device=device, dtype=torch.uint8).T.contiguous().T
+    counts = torch.full((2, 5, 3), 100, device=device)
+    expected, twin = counts.clone(), counts.clone()
+    tally_triton(counts[1, :3, :2], rows, kinds, lanes)
+    tally_ref(twin[1, :3, :2], rows, kinds, lanes)
+    for b, row in enumerate(rows.tolist()):
+        for p in row:
+            kind = int(classes[b if lanes is None else int(lanes[b]), p])
+            if kind < 2:
+                expected[1, b, kind] += 1
     assert torch.equal(counts, expected)
+    assert torch.equal(twin, expected)
 
 
 def test_values_of_another_shape_or_dtype_are_refused() -> None:
