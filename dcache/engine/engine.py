@@ -122,6 +122,36 @@ class Count:
     maps: dict[str, Bools] = field(default_factory=dict)
 
 
+class Ahead:
+    """What forward calls in `begin` computed, to be counted with the first step.
+
+    The network calls it, and it does not know the engine: one that did would live on until garbage is collected, and
+    its stores with it.
+
+    Args:
+        shape: layers, sequences, regions.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.shape, self.count = shape, self._nothing(shape)
+
+    @staticmethod
+    def _nothing(shape: tuple[int, int, int]) -> Count:
+        rows, kv_rows = (np.zeros(shape, dtype=np.int64) for _ in range(2))
+        return Count(rows, kv_rows, np.zeros(shape, dtype=np.bool_), np.zeros(shape[1], dtype=np.int64))
+
+    def add(self, b: int, rows: Ints) -> None:
+        """Count a call of so many `rows` (regions,) for sequence `b`; its last layer runs no query."""
+        self.count.rows[:-1, b] += rows
+        self.count.kv_rows[:, b] += rows
+        self.count.calls[b] += 1
+
+    def take(self) -> Count:
+        """The count to which a step adds its own; the next step begins with none."""
+        found, self.count = self.count, self._nothing(self.shape)
+        return found
+
+
 @dataclass(frozen=True)
 class Landing:
     """Where the results of a pass go, made ready while it runs.
@@ -262,8 +292,8 @@ class Engine:
         table = (state.batch, state.slots + 1)  # the last one for the dump slot
         self._unseen: dict[str, np.ndarray] = {name: np.full(table, *blank) for name, blank in UNSEEN.items()}
         self.network.on_preload(self.checks.preloaded)
-        self._ahead = self._nothing()
-        self.network.on_alone(self._account_alone)
+        self._ahead = Ahead((len(self.layers), state.batch, len(REGIONS)))
+        self.network.on_alone(self._ahead.add)
         self.network.asked()
         self.policy.begin(self.network, state)
         self.buffers = self.network.asked()
@@ -336,17 +366,6 @@ class Engine:
         """The second pass of a reviewed step: what the first found for other rows and layers stays."""
         return self._run(plan, ask, seen)
 
-    def _nothing(self) -> Count:
-        shape = (len(self.layers), self.state.batch, len(REGIONS))
-        rows, kv_rows = (np.zeros(shape, dtype=np.int64) for _ in range(2))
-        return Count(rows, kv_rows, np.zeros(shape, dtype=np.bool_), np.zeros(self.state.batch, dtype=np.int64))
-
-    def _account_alone(self, b: int, rows: Ints) -> None:
-        """Count a forward call of so many `rows` (regions,) for sequence `b`; its last layer runs no query."""
-        self._ahead.rows[:-1, b] += rows
-        self._ahead.kv_rows[:, b] += rows
-        self._ahead.calls[b] += 1
-
     @torch.inference_mode()
     def _run(self, plan: Plan, ask: Ask, before: Seen | None) -> Seen:
         """One pass; `before` is what the first pass of a reviewed step saw."""
@@ -390,7 +409,7 @@ class Engine:
         """Checks whose failure stops the run before anybody reads a result, and what earlier steps put off."""
         self.catch_up()
         if not second:
-            self._count, self._ahead = self._ahead, self._nothing()
+            self._count = self._ahead.take()
             self.checks.progress(ask)
         self.checks.keys(plan, ask)
 
