@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -22,12 +23,14 @@ from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, Ver
 from dcache.errors import DCacheError, UsageError
 from dcache.generate import Output, Runner, problem_prompt, settings_from
 from dcache.plugins import load_model, make_policy
+from dcache.results import check_folder
 from dcache.tasks.base import Problem, Task
 from dcache.tasks.prompts import Prompts
 from dcache.text import printable
 from dcache.trace import Step
 
 INTERRUPTED = 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REPORT_EVERY_S = 30.0
 COUNT, COUNT_OR_NONE = "INTEGER", "INTEGER|none"
 NUMBER, NUMBER_OR_NONE = "FLOAT", "FLOAT|none"
@@ -166,6 +169,8 @@ def compare(
         forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end, fill_every=fill_every, batch_size=batch_size,
         no_graphs=no_graphs,
     )  # fmt: skip
+    if out is not None:
+        check_folder(out)
     source: Task | str | None = task if prompts is None else Prompts(prompts)
     experiment = Experiment(policy_calls(policies, set_ or [], sweep or []), source, **settings)
     run = Run(experiment, load_model(model, device=device, dtype=dtype, family=family), out)
@@ -176,6 +181,10 @@ def compare(
         again = "Nothing was kept; give --out to be able to continue."
         note(f"interrupted. {again if out is None else f'To continue, repeat the command with --out {out}'}")
         raise typer.Exit(INTERRUPTED) from None
+    except DCacheError:
+        if run.results:
+            show(run.comparison, format_)
+        raise
     show(run.comparison, format_)
 
 
@@ -378,13 +387,23 @@ def quietly(command: Callable[[], object]) -> int:
         return _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
-    except BrokenPipeError:  # the reader left; nothing is to be flushed at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader left
+        _drop_stdout()
         return 1
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _drop_stdout()
+        return _fail(f"the output cannot be written: {error.strerror}", 2)
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own usage errors
             raise
         return _fail(f"{error.format_message()} (dcache --help lists commands and options)", 2)
+
+
+def _drop_stdout() -> None:
+    """Nothing more can be written there, and nothing is to be flushed at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:

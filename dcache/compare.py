@@ -25,6 +25,7 @@ from dcache.calls import Call, split_list
 from dcache.conditions import device_name, prompt_of, source_of, version_of, weights_of, written
 from dcache.config import DEFAULT_POLICIES, CompareSettings
 from dcache.errors import UsageError
+from dcache.files import write_whole
 from dcache.generate import Output, Runner, policy_of, problem_prompt, settings_from, unmasker_of
 from dcache.models.loading import Model
 from dcache.plugins import explain, make_policy, plugins
@@ -370,8 +371,7 @@ class Comparison:
         data = b"".join([line_of(self.conditions), *map(line_of, self.results)])
         try:
             if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(data)
+                write_whole(file, data)
                 return file
         except OSError as error:
             raise UsageError(f"results cannot be written to {file}: {error.strerror}") from error

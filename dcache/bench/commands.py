@@ -24,6 +24,7 @@ from dcache.bench.reports import (
     StageResult,
     read,
     write,
+    write_text,
 )
 from dcache.calls import split_list
 from dcache.errors import UsageError
@@ -262,7 +263,7 @@ def _added(report: R, result: Any, out: Path | None, told: str) -> R:
         model = report.conditions.model
         name = report.kind if model is None else f"{report.kind}-{Path(model).name.replace(':', '-')}"
         write(report, out / f"{name}.json")
-        (out / f"{name}.md").write_text(tables.combined(tables.tables(report)), encoding="utf-8")
+        write_text(tables.combined(tables.tables(report)), out / f"{name}.md")
     print(printable(told), file=sys.stderr, flush=True)
     return report
 
