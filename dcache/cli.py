@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, Ver
 from dcache.errors import DCacheError, UsageError
 from dcache.generate import Output, Runner, problem_prompt, settings_from
 from dcache.plugins import load_model, make_policy
+from dcache.progress import is_live, meter, note
 from dcache.results import check_folder
 from dcache.tasks.base import Problem, Task
 from dcache.tasks.prompts import Prompts
@@ -31,7 +32,6 @@ from dcache.trace import Step
 
 INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REPORT_EVERY_S = 30.0
 COUNT, COUNT_OR_NONE = "INTEGER", "INTEGER|none"
 NUMBER, NUMBER_OR_NONE = "FLOAT", "FLOAT|none"
 NUMBERS = (
@@ -189,25 +189,15 @@ def compare(
 
 
 def watch(run: Run) -> None:
-    """Run it, with a progress bar on a terminal, and a line now and then elsewhere."""
-    total, names = run.experiment.n_texts, printable(", ".join(run.experiment.policies))
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
-
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("decoding", total=total, completed=len(run.results))
-            for _ in run:
-                bar.update(task, completed=len(run.results))
-        return
-    kept = f"; {len(run.results)} of {total} texts are there already" if run.results else ""
+    """Run it, and tell how far it is."""
+    names, total, kept = ", ".join(run.experiment.policies), run.experiment.n_texts, len(run.results)
     n = len(run.experiment.problems)
-    note(f"comparing {names} on {n} problem{'s' * (n != 1)}{kept}")
-    last = time.monotonic()
-    for _ in run:
-        if time.monotonic() - last > REPORT_EVERY_S:
-            last = time.monotonic()
-            note(f"{len(run.results)} of {total} texts")
+    if not is_live():
+        there = f"; {kept} of {total} texts are there already" if kept else ""
+        note(f"comparing {names} on {n} problem{'s' * (n != 1)}{there}")
+    with meter("comparing", total, "text", kept) as bar:
+        for results in run:
+            bar.advance(len(results))
 
 
 def show(comparison: Comparison, format_: str) -> None:
@@ -216,11 +206,6 @@ def show(comparison: Comparison, format_: str) -> None:
     print(report.FORMATS[format_](comparison.conditions, rows), end="", flush=True)
     for text in report.warnings(comparison.conditions, rows):
         note(f"warning: {text}")
-
-
-def note(text: str) -> None:
-    """A line on stderr."""
-    print(printable(text), file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -272,14 +257,16 @@ def generate(
     runner = Runner(load_model(model, device=device, dtype=dtype, family=family), policy, settings)
     ids = [problem_prompt(runner.model, problem) for problem in problems]
     names = [problem.id for problem in problems]
-    for begin in range(0, len(ids), settings.batch_size):
-        batch = range(begin, min(begin + settings.batch_size, len(ids)))
-        for i, output in zip(batch, runner.run([ids[i] for i in batch], ids=batch), strict=True):
-            if prompts is None:
-                print(printable(output.text or ""), flush=True)
-            else:
-                print(json.dumps({"id": names[i], "text": output.text}), flush=True)
-            _explain(output, trace)
+    with meter("generating", len(ids), "text", lines=False) if prompts is not None else nullcontext() as bar:
+        for begin in range(0, len(ids), settings.batch_size):
+            batch = range(begin, min(begin + settings.batch_size, len(ids)))
+            for i, output in zip(batch, runner.run([ids[i] for i in batch], ids=batch), strict=True):
+                if bar is None:
+                    print(printable(output.text or ""), flush=True)
+                else:
+                    print(json.dumps({"id": names[i], "text": output.text}), flush=True)
+                    bar.advance()
+                _explain(output, trace)
 
 
 def _prompt(text: str) -> str:
@@ -352,10 +339,12 @@ def verify(
         told = f"{policy} ({source}), dcache {dcache.__version__}, {how.examples} examples per claim, seed {how.seed}"
         print(printable(told), flush=True)
     verdicts = []
-    for verdict in found:
-        verdicts.append(verdict)
-        if format_ == "text":
-            print(printable(str(verdict)), flush=True)
+    with meter("verifying", found.total, "claim", lines=False) as bar:
+        for verdict in found:
+            verdicts.append(verdict)
+            if format_ == "text":
+                print(printable(str(verdict)), flush=True)
+            bar.advance()
     counts = {status: sum(verdict.status == status for verdict in verdicts) for status in ("pass", "fail", "n/a")}
     if format_ == "json":
         data = {"policy": policy, "source": source, "dcache": dcache.__version__} | how.model_dump()
