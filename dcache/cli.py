@@ -21,6 +21,7 @@ from dcache.calls import policy_calls
 from dcache.compare import Comparison, Experiment, Run
 from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, VerifySettings
 from dcache.errors import DCacheError, UsageError
+from dcache.formats import check_format, formatted
 from dcache.generate import Output, Runner, problem_prompt, settings_from
 from dcache.plugins import load_model, make_policy
 from dcache.progress import is_live, meter, note
@@ -138,7 +139,7 @@ def compare(
     out: Annotated[Path | None, option("folder for results.jsonl; the same command continues it", "--out")] = None,
     set_: Annotated[list[str] | None, option("policy.field=value, as often as needed", "--set")] = None,
     sweep: Annotated[list[str] | None, option("policy.field=v1,v2,...: one run per value", "--sweep")] = None,
-    format_: Annotated[str, option("table, json, csv or markdown", "--format")] = "table",
+    format_: Annotated[str, option("table, json, csv, markdown or latex", "--format")] = "table",
     gen_length: GenLength = None,
     block_length: BlockLength = None,
     unmask: Unmask = None,
@@ -159,8 +160,7 @@ def compare(
     family: FamilyName = None,
 ) -> None:
     """Run policies on the same problems and print how they did."""
-    if format_ not in report.FORMATS:
-        raise UsageError(f"unknown format {format_!r}; choose one of {', '.join(report.FORMATS)}")
+    check_format(format_)
     if prompts is not None and (task is not None or split is not None):
         raise UsageError(f"--prompts replaces the task; leave {'--task' if task else '--split'} out")
     settings = given(
@@ -203,7 +203,7 @@ def watch(run: Run) -> None:
 def show(comparison: Comparison, format_: str) -> None:
     """The table on stdout, warnings on stderr."""
     rows = comparison.standings
-    print(report.FORMATS[format_](comparison.conditions, rows), end="", flush=True)
+    print(formatted(format_, comparison.conditions, rows), end="", flush=True)
     for text in report.warnings(comparison.conditions, rows):
         note(f"warning: {text}")
 
@@ -284,14 +284,7 @@ def _explain(output: Output, steps: bool) -> None:
     if steps:
         for step in trace.mine:
             note(_step(step, trace.index))
-    rate = len(output.tokens) / trace.seconds if trace.seconds else 0.0
-    regions = trace.regions
-    parts = ", ".join(f"{name} {100 * region.row_share:.0f} %" for name, region in regions.items())
-    note(
-        f"{len(output.tokens)} tokens, {trace.nfe} forward calls, {100 * trace.row_share:.0f} % of the rows"
-        f"{f' ({parts})' if regions['image'].rows else ''}, "
-        f"{trace.refreshes} refreshes, {trace.seconds:.2f} s, {rate:.1f} tok/s"
-    )
+    note(output.summary)
 
 
 def _step(step: Step, b: int) -> str:

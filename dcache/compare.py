@@ -14,13 +14,13 @@ from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import ValidationError
 
 import dcache
-from dcache import report
+from dcache import formats, report
 from dcache.calls import Call, split_list
 from dcache.conditions import device_name, prompt_of, source_of, version_of, weights_of, written
 from dcache.config import DEFAULT_POLICIES, CompareSettings
@@ -33,6 +33,7 @@ from dcache.policy import CachePolicy
 from dcache.results import FILE, Conditions, Entrant, Result, ResultFile, line_of, read_results
 from dcache.tasks.base import Problem, Task
 from dcache.tasks.prompts import Prompts
+from dcache.text import printable
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # type: ignore[import-untyped]
@@ -348,9 +349,25 @@ class Comparison:
         """What to keep in mind when reading the table, each with a next step."""
         return report.warnings(self.conditions, self.standings)
 
-    def table(self) -> str:
-        """Conditions, one line per policy, and a summary: the text that ``dcache compare`` prints."""
-        return report.table(self.conditions, self.standings)
+    def table(self, format: str = "table") -> str:
+        """Conditions, one line per policy, and a summary: the text that ``dcache compare`` prints.
+
+        Args:
+            format: of it, as for ``--format``: table, json, csv, markdown or latex.
+        """
+        return formats.formatted(format, self.conditions, self.standings)
+
+    def __repr__(self) -> str:
+        n, names = len(self.results), ", ".join(entrant.policy for entrant in self.conditions.policies)
+        return printable(f"<Comparison of {names} on {self.conditions.task} by {self.conditions.model}, {n} texts>")
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows on a terminal."""
+        printer.text(self.table())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return formats.page(self.conditions, self.standings, self.warnings)
 
     def by_region(self) -> str:
         """One line per policy: rows and refreshes of images, of the rest of the prompt and of the generation.
@@ -359,10 +376,18 @@ class Comparison:
         """
         return "".join(f"{line}\n" for line in report.by_region(self.standings))
 
-    def to_pandas(self) -> DataFrame:
-        """One row per result."""
+    def to_pandas(self, by: Literal["text", "policy"] = "text") -> DataFrame:
+        """One row per text, or one per policy.
+
+        Args:
+            by: "text" has the fields of `results`; "policy" those of `standings`, the numbers behind the table.
+        """
         from pandas import DataFrame
 
+        if by not in ("text", "policy"):
+            raise UsageError(f"by is {by!r}; choose 'text' or 'policy'")
+        if by == "policy":
+            return DataFrame([row.flat for row in self.standings], columns=report.flat_names())
         return DataFrame([result.flat for result in self.results])
 
     def save(self, path: str | PathLike[str]) -> Path:
