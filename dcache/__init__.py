@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # isort: split
 from dcache.compare import Comparison, compare
+from dcache.compare_config import CompareConfig
 from dcache.errors import (
     DCacheError,
     MemoryLimitError,
@@ -37,6 +38,7 @@ __all__ = [
     "Ask",
     "Asked",
     "CachePolicy",
+    "CompareConfig",
     "Comparison",
     "DCacheError",
     "Family",

@@ -18,7 +18,8 @@ import dcache
 from dcache import catalog, report
 from dcache.bench import commands as bench
 from dcache.calls import policy_calls
-from dcache.compare import Comparison, Experiment, Run
+from dcache.compare import Comparison, Run
+from dcache.compare_config import DEFAULT_MODEL, CompareConfig
 from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, VerifySettings
 from dcache.errors import DCacheError, UsageError
 from dcache.formats import check_format, formatted
@@ -26,7 +27,7 @@ from dcache.generate import Output, Runner, problem_prompt, settings_from
 from dcache.plugins import load_model, make_policy
 from dcache.progress import is_live, meter, note
 from dcache.results import check_folder
-from dcache.tasks.base import Problem, Task
+from dcache.tasks.base import Problem
 from dcache.tasks.prompts import Prompts
 from dcache.text import printable
 from dcache.trace import Step
@@ -73,7 +74,10 @@ def option(help: str, *flags: str, **options: Any) -> Any:
     return typer.Option(*flags, help=help, **options)
 
 
-ModelName = Annotated[str, option("a shipped model, a folder, a hub id, or a shape such as llada-8b:random", "--model")]
+CONFIG = "a YAML file that says what to compare, or a folder with results, to do the same again"
+POLICIES = "what to compare, e.g. 'elastic(gamma=0.95),dkv'; none is always run"
+MODEL = "a shipped model, a folder, a hub id, or a shape such as llada-8b:random"
+ModelName = Annotated[str, option(MODEL, "--model")]
 PromptsFile = Annotated[Path | None, option('prompts, one JSON object per line: {"prompt": "..."}', "--prompts")]
 Device = Annotated[str | None, option("cpu, cuda or cuda:1; the GPU if there is one", "--device")]
 Dtype = Annotated[str | None, option("bfloat16 on a GPU and float32 on a CPU unless given", "--dtype")]
@@ -127,10 +131,9 @@ def root(
 
 @app.command()
 def compare(
-    policies: Annotated[str, option("what to compare, e.g. 'elastic(gamma=0.95),dkv'; none is always run")] = ",".join(
-        DEFAULT_POLICIES
-    ),
-    model: ModelName = "tiny-llada",
+    config: Annotated[Path | None, option(f"{CONFIG}; other options override it", "--config")] = None,
+    policies: Annotated[str | None, option(f"{POLICIES}  [default: {','.join(DEFAULT_POLICIES)}]")] = None,
+    model: Annotated[str | None, option(f"{MODEL}  [default: {DEFAULT_MODEL}]", "--model")] = None,
     task: Annotated[str | None, setting(CompareSettings, "task")] = None,
     prompts: PromptsFile = None,
     split: Annotated[str | None, setting(CompareSettings, "split")] = None,
@@ -169,17 +172,21 @@ def compare(
         forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end, fill_every=fill_every, batch_size=batch_size,
         no_graphs=no_graphs,
     )  # fmt: skip
-    if out is not None:
-        check_folder(out)
-    source: Task | str | None = task if prompts is None else Prompts(prompts)
-    experiment = Experiment(policy_calls(policies, set_ or [], sweep or []), source, **settings)
-    run = Run(experiment, load_model(model, device=device, dtype=dtype, family=family), out)
+    places = {"model": model, "policies": policies, "task": task, "prompts": prompts, "out": out}
+    places |= {"device": device, "dtype": dtype, "family": family}
+    plan = (CompareConfig() if config is None else CompareConfig.read(config)).but(**given(**places), **settings)
+    plan = plan.but(policies=tuple(policy_calls(plan.policies, set_ or [], sweep or [])))
+    if plan.out is not None:
+        check_folder(plan.out)
+    experiment = plan.experiment()
+    run = Run(experiment, load_model(plan.model, device=plan.device, dtype=plan.dtype, family=plan.family), plan.out)
+    plan.save(run)
     try:
         watch(run)
     except KeyboardInterrupt:
         show(run.comparison, format_)
         again = "Nothing was kept; give --out to be able to continue."
-        note(f"interrupted. {again if out is None else f'To continue, repeat the command with --out {out}'}")
+        note(f"interrupted. {again if plan.out is None else f'To continue, repeat the command with --out {plan.out}'}")
         raise typer.Exit(INTERRUPTED) from None
     except DCacheError:
         if run.results:
@@ -212,7 +219,7 @@ def show(comparison: Comparison, format_: str) -> None:
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="the prompt; - reads it from stdin")] = None,
     policy: Annotated[str, option("a policy, e.g. 'elastic(gamma=0.95)'", "--policy")] = "elastic",
-    model: ModelName = "tiny-llada",
+    model: ModelName = DEFAULT_MODEL,
     prompts: PromptsFile = None,
     image: Annotated[
         list[Path] | None, option("an image of the prompt, for a model with vision; several in order", "--image")

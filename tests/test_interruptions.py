@@ -200,7 +200,7 @@ TMPFS = """
 
 def test_a_disk_that_is_really_full_is_resumed_once_there_is_room(tmp_path):
     unshare = shutil.which("unshare")
-    mount = f"mount -t tmpfs -o size=16k none {tmp_path} && head -c 12288 /dev/zero > {tmp_path}/ballast"
+    mount = f"mount -t tmpfs -o size=20k none {tmp_path} && head -c 12288 /dev/zero > {tmp_path}/ballast"
     inside = [unshare or "", "--user", "--map-root-user", "--mount", "sh", "-c"]
     if unshare is None or subprocess.run([*inside, mount], capture_output=True).returncode != 0:
         pytest.skip("no file system can be mounted here")
