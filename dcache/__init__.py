@@ -10,6 +10,10 @@ if not (_here / "policies").is_dir():  # a source checkout: the subpackages lie 
 
 __version__ = "0.1.0"
 
+from dcache import completion
+
+completion.answer()  # a shell that completes a command has its names, if they are kept, before the rest is imported
+
 # isort: split
 from dcache.compare import Comparison, compare
 from dcache.compare_config import CompareConfig

@@ -15,7 +15,7 @@ import typer
 from pydantic import BaseModel
 
 import dcache
-from dcache import catalog, report
+from dcache import catalog, completion, report
 from dcache.bench import commands as bench
 from dcache.calls import policy_calls
 from dcache.compare import Comparison, Run
@@ -53,7 +53,6 @@ NUMBERS = (
 
 app = typer.Typer(
     help="Cache policies for diffusion language models, compared under one decoding loop and one engine.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -361,7 +360,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if callable(reconfigure := getattr(stream, "reconfigure", None)):
             reconfigure(errors="backslashreplace")  # a terminal without Unicode shows escapes
-    return quietly(lambda: app(None if arguments is None else list(arguments), "dcache", standalone_mode=False))
+    return quietly(lambda: _run(None if arguments is None else list(arguments)))
+
+
+def _run(arguments: list[str] | None) -> object:
+    completion.learn(app)
+    return app(arguments, completion.PROGRAM, standalone_mode=False)
 
 
 def quietly(command: Callable[[], object]) -> int:
