@@ -26,6 +26,7 @@ from dcache.tasks.base import Problem, Task
 from dcache.tasks.prompts import Prompts
 from dcache.text import printable
 from dcache.trace import Step
+from dcache.view import commands as view
 
 INTERRUPTED = 130
 REPORT_EVERY_S = 30.0
@@ -55,6 +56,7 @@ app = typer.Typer(
 
 
 app.add_typer(bench.app, name="bench")
+app.command("report")(view.report)
 
 
 def setting(settings: type[BaseModel], name: str, **options: Any) -> Any:
@@ -136,6 +138,9 @@ def compare(
     set_: Annotated[list[str] | None, option("policy.field=value, as often as needed", "--set")] = None,
     sweep: Annotated[list[str] | None, option("policy.field=v1,v2,...: one run per value", "--sweep")] = None,
     format_: Annotated[str, option("table, json, csv or markdown", "--format")] = "table",
+    report_: view.ReportFolder = None,
+    report_texts: view.ReportTexts = view.TEXTS,
+    measure_drift: view.MeasureDrift = False,
     gen_length: GenLength = None,
     block_length: BlockLength = None,
     unmask: Unmask = None,
@@ -166,6 +171,7 @@ def compare(
         forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end, fill_every=fill_every, batch_size=batch_size,
         no_graphs=no_graphs,
     )  # fmt: skip
+    out = view.folder_of(out, report_, measure_drift)
     source: Task | str | None = task if prompts is None else Prompts(prompts)
     experiment = Experiment(policy_calls(policies, set_ or [], sweep or []), source, **settings)
     run = Run(experiment, load_model(model, device=device, dtype=dtype, family=family), out)
@@ -177,6 +183,8 @@ def compare(
         note(f"interrupted. {again if out is None else f'To continue, repeat the command with --out {out}'}")
         raise typer.Exit(INTERRUPTED) from None
     show(run.comparison, format_)
+    if report_ is not None:
+        view.finish(run, report_, report_texts, measure_drift, note)
 
 
 def watch(run: Run) -> None:

@@ -344,7 +344,7 @@ def table(conditions: Conditions, rows: Sequence[Standing]) -> str:
     if not rows:
         return "\n".join([*lines, "", "No problem was finished by all policies yet.", ""])
     lines += _grid(columns(rows), rows)
-    if _with_images(rows):
+    if with_images(rows):
         lines += ["", *by_region(rows)]
     text = summary(conditions, rows).replace(" %", "\N{NO-BREAK SPACE}%")
     return "\n".join([*lines, "", textwrap.fill(text, WIDTH).replace("\N{NO-BREAK SPACE}", " "), ""])
@@ -355,7 +355,8 @@ def by_region(rows: Sequence[Standing]) -> list[str]:
     return _grid(region_columns(rows), rows) if any(row.regions is not None for row in rows) else []
 
 
-def _with_images(rows: Sequence[Standing]) -> bool:
+def with_images(rows: Sequence[Standing]) -> bool:
+    """Whether a prompt had an image."""
     return any(row.regions is not None and row.regions["image"].row_share is not None for row in rows)
 
 
@@ -506,7 +507,7 @@ def _cpu(conditions: Conditions, rows: Sequence[Standing]) -> list[str]:
 def markdown(conditions: Conditions, rows: Sequence[Standing]) -> str:
     """The table for a README or an issue."""
     grid = _pipes(columns(rows), rows)
-    grid += ["", *_pipes(region_columns(rows), rows)] if _with_images(rows) else []
+    grid += ["", *_pipes(region_columns(rows), rows)] if with_images(rows) else []
     body = [*grid, "", summary(conditions, rows)] if rows else ["No problem was finished by all policies yet."]
     return "\n".join([" ".join(heading(conditions)), "", *body, ""])
 
