@@ -425,6 +425,12 @@ def drift_of(values: np.ndarray, measure: str, where: str = "all") -> np.ndarray
     return (1 - found if "cosine" in measure else found).astype(np.float32)
 
 
+def highest(values: Iterable[np.ndarray]) -> float:
+    """The largest number of some arrays, for the end of their scale; 1 if there is none above 0."""
+    finite = [x[np.isfinite(x)] for x in values]
+    return float(max((x.max() for x in finite if x.size), default=0.0)) or 1.0
+
+
 def drift_title(measure: str) -> str:
     """What `drift_of` gives."""
     return f"1 − {measure}" if "cosine" in measure else measure

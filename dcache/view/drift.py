@@ -8,7 +8,8 @@ holds, as one vector over all heads, and y what the full pass computes:
     cosine      x . y / (|x| |y|)
 
 Both are means over the rows that the pass could attend to. A policy that computes every row has a distance of 0, up to
-rounding. Keys are compared after rotary embedding. This is slow, and the engine has no part in the full pass.
+rounding. Keys are compared after rotary embedding. Of a policy that frees keys, those that it holds are compared, and
+while it holds none there is no mean. This is slow, and the engine has no part in the full pass.
 """
 
 from __future__ import annotations

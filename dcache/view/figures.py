@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dcache.errors import UsageError
+from dcache.results import Entrant
 from dcache.text import printable
 from dcache.view import data
 from dcache.view.data import QUALITIES, SPEEDS, Axis, Chapter, Curve, Point, Steps
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
 
 REFERENCE = -1
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "triangle-down", "pentagon", "x")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MASK = "[MASK]"
+CELLS = {"showgrid": False, "zeroline": False}
+MOST_TICKS = 12
 MOST_BLOCKS = 12  # whose numbers are written above a map
 LEAST_SHARE = 0.1  # that an axis of shares spans
 Variant = dict[str, Any]
@@ -95,6 +99,12 @@ class Palette:
         names = [entrant.name for chapter in chapters for entrant in chapter.conditions.policies]
         others = [name for name in dict.fromkeys(names) if name not in references]
         self._index = dict.fromkeys(references, REFERENCE) | {name: i for i, name in enumerate(others)}
+        self._turn: dict[str, int] = {}
+        for chapter in chapters:
+            seen: dict[str, int] = {}
+            for entrant in chapter.conditions.policies:
+                self._turn[entrant.policy] = seen.get(entrant.name, 0)
+                seen[entrant.name] = self._turn[entrant.policy] + 1
 
     def role(self, name: str) -> dict[str, Any]:
         """The `meta` of a trace of the policy of that registered name."""
@@ -107,6 +117,14 @@ class Palette:
     def index(self, name: str) -> int:
         """Its number; that of the reference is -1."""
         return self._index[name]
+
+    def own_symbol(self, entrant: Entrant) -> str:
+        """A marker that tells configurations of one policy apart, where they are not joined to a curve."""
+        return SYMBOLS[(self._index[entrant.name] + 1 + self._turn[entrant.policy]) % len(SYMBOLS)]
+
+    def dash(self, entrant: Entrant) -> str:
+        """Likewise the dashes of a line."""
+        return DASHES[self._turn[entrant.policy] % len(DASHES)]
 
 
 def label(text: str) -> str:
@@ -183,9 +201,10 @@ def _tradeoff(found: Sequence[Point], x: Axis, y: Axis, palette: Palette, runs: 
 def _range(points: Sequence[Point], axis: Axis) -> list[float]:
     """Of a share: all points with their bars, and no less than a tenth, so that equal points are not torn apart."""
     spans = [(p.at(axis) - p.errors.get(axis.key, 0.0), p.at(axis) + p.errors.get(axis.key, 0.0)) for p in points]
-    low, high = min(low for low, _ in spans), min(1.0, max(high for _, high in spans))
+    whole = max(1.0, *(p.at(axis) for p in points))  # a bar does not lead beyond what there is; rows may exceed 1
+    low, high = min(low for low, _ in spans), min(whole, max(high for _, high in spans))
     room = max(high - low, LEAST_SHARE)
-    return [max(min(low, high - room) - 0.1 * room, -0.02), min(high + 0.1 * room, 1.02)]
+    return [max(min(low, high - room) - 0.1 * room, -0.02), min(high + 0.1 * room, whole + 0.02)]
 
 
 def _axis(axis: Axis) -> dict[str, Any]:
@@ -260,6 +279,8 @@ def _sweep(curve: Curve, reference: Point, y: Axis, palette: Palette) -> Variant
     lines = _scatter(points, y, y, curve.title, palette) | {"x": values, "error_x": {"visible": False}}
     figure.add_scatter(**lines, mode="lines+markers")
     figure.update_layout(xaxis={"title": {"text": label(f"{curve.name}.{curve.knob}")}}, yaxis=_axis(y))
+    if y.percent or y in QUALITIES:
+        figure.update_yaxes(range=_range([*points, *([reference] if y.key in reference.values else [])], y))
     return variant(figure, 380)
 
 
@@ -316,14 +337,18 @@ def _positions(chapter: Chapter, steps: Steps) -> Variant:
     )  # fmt: skip
     begin, *blocks = steps.borders
     figure.update_layout(
-        xaxis={"title": {"text": "position"}, "range": [-0.5, length - 0.5], "showgrid": False, "zeroline": False},
-        yaxis={
-            "title": {"text": "denoising step"}, "range": [n - 0.5, -0.5], "showgrid": False, "zeroline": False,
-        },
+        xaxis={"title": {"text": "position"}, "range": [-0.5, length - 0.5]} | CELLS,
+        yaxis=_counted("denoising step", n) | CELLS,
         shapes=[_border(begin, "solid"), *(_border(p, "dash") for p in blocks)],
         annotations=_spans(steps),
     )  # fmt: skip
     return variant(figure, _height(n), tip=tip(chapter, steps))
+
+
+def _counted(title: str, n: int, down: bool = True) -> dict[str, Any]:
+    """An axis of whole numbers from 0, from top to bottom unless told otherwise."""
+    every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, n) if step * MOST_TICKS >= n)
+    return {"title": {"text": title}, "range": [n - 0.5, -0.5] if down else [-0.5, n - 0.5], "tick0": 0, "dtick": every}
 
 
 def _border(p: int, dash: str) -> dict[str, Any]:
@@ -360,9 +385,8 @@ def _layers(chapter: Chapter, steps: Steps) -> Variant:
         hovertemplate="step %{x}<br>layer %{y}<br>%{z:.1%} of the rows<extra></extra>",
     )  # fmt: skip
     figure.update_layout(
-        xaxis={"title": {"text": "denoising step"}, "range": [-0.5, n - 0.5], "showgrid": False, "zeroline": False},
-        yaxis={"title": {"text": "layer"}, "range": [-0.5, n_layers - 0.5], "showgrid": False, "zeroline": False,
-               "dtick": max(1, n_layers // 8)},
+        xaxis=_counted("denoising step", n, down=False) | CELLS,
+        yaxis=_counted("layer", n_layers, down=False) | CELLS,
     )  # fmt: skip
     return variant(figure, min(560, max(260, 150 + 16 * n_layers)))
 
@@ -413,23 +437,23 @@ def commit_order(chapter: Chapter, palette: Palette, name: str) -> Figure | None
     """In which step each position was committed; None if nothing was recorded."""
     if not chapter.recordings:
         return None
-    entrants = {entrant.policy: entrant.name for entrant in chapter.conditions.policies}
+    entrants = {entrant.policy: entrant for entrant in chapter.conditions.policies}
 
     def make(problem: str) -> Variant:
         go = plotly()
         figure = go.Figure()
         for recording in chapter.recorded(problem):
             found = data.committed_at(recording)
-            registered = entrants[recording.policy]
+            entrant = entrants[recording.policy]
             figure.add_scatter(
                 x=[p - recording.n_prompt for _, p in found], y=[step for step, _ in found], mode="markers",
                 name=label(recording.policy), text=[_commit(recording, step, p) for step, p in found],
-                hovertemplate="%{text}<extra></extra>", meta=palette.role(registered),
-                marker={"size": 6, "symbol": palette.symbol(registered), "opacity": 0.8},
+                hovertemplate="%{text}<extra></extra>", meta=palette.role(entrant.name),
+                marker={"size": 6, "symbol": palette.own_symbol(entrant), "opacity": 0.8},
             )  # fmt: skip
         figure.update_layout(
             xaxis={"title": {"text": "generated token"}},
-            yaxis={"title": {"text": "step of its commit"}, "autorange": "reversed"},
+            yaxis=_counted("step of its commit", max(recording.n_steps for recording in chapter.recorded(problem))),
         )
         return variant(figure, 420)
 
@@ -468,7 +492,7 @@ def drift(chapter: Chapter, name: str) -> Figure | None:
 
     def make(measure: str, policy: str, problem: str) -> Variant | None:
         shown = {key: data.drift_of(x, measure).T for key, x in known.items()}
-        highest = max(float(np.nanmax(x)) for x in shown.values())  # one scale for all, so that colours compare
+        highest = data.highest(shown.values())  # one scale for all, so that colours compare
         return None if (problem, policy) not in shown else _drift(shown[problem, policy], measure, highest)
 
     policies = [policy for policy in reference_last(chapter.policies) if any(policy == name for _, name in known)]
@@ -495,13 +519,13 @@ def _drift(shown: np.ndarray, measure: str, highest: float) -> Variant:
     go, title = plotly(), data.drift_title(measure)
     figure = go.Figure()
     figure.add_heatmap(
-        z=shown, zmin=0, zmax=highest or 1.0, meta={"role": "scale"},
+        z=shown, zmin=0, zmax=highest, meta={"role": "scale"},
         colorbar={"title": {"text": title, "side": "right"}, "thickness": 10, "outlinewidth": 0, "len": 0.9},
         hovertemplate="step %{x}<br>layer %{y}<br>" + title + " %{z:.4f}<extra></extra>",
     )  # fmt: skip
     figure.update_layout(
-        xaxis={"title": {"text": "denoising step"}, "showgrid": False, "zeroline": False},
-        yaxis={"title": {"text": "layer"}, "showgrid": False, "zeroline": False, "dtick": max(1, len(shown) // 8)},
+        xaxis=_counted("denoising step", shown.shape[1], down=False) | CELLS,
+        yaxis=_counted("layer", len(shown), down=False) | CELLS,
     )
     return variant(figure, min(560, max(260, 150 + 16 * len(shown))))
 
@@ -512,7 +536,7 @@ def drift_over_steps(chapter: Chapter, palette: Palette, name: str) -> Figure | 
     regions = [where for i, where in enumerate(WHERE) if any(np.isfinite(x[..., i]).any() for x in known.values())]
     if not known or not regions:
         return None
-    entrants = {entrant.policy: entrant.name for entrant in chapter.conditions.policies}
+    entrants = {entrant.policy: entrant for entrant in chapter.conditions.policies}
 
     def make(measure: str, where: str, problem: str) -> Variant:
         go = plotly()
@@ -522,7 +546,7 @@ def drift_over_steps(chapter: Chapter, palette: Palette, name: str) -> Figure | 
                 continue
             figure.add_scatter(
                 y=data.drift_of(values, measure, where).mean(1), mode="lines", name=label(policy),
-                meta=palette.role(entrants[policy]), line={"width": 2},
+                meta=palette.role(entrants[policy].name), line={"width": 2, "dash": palette.dash(entrants[policy])},
                 hovertemplate=f"<b>{label(policy)}</b><br>step %{{x}}: %{{y:.4f}}<extra></extra>",
             )  # fmt: skip
         figure.update_layout(

@@ -224,7 +224,7 @@ def drift(axes: Any, recording: Recording, measure: str) -> None:
     """Drift by layer and step."""
     assert recording.drift is not None
     values = data.drift_of(data.unpacked(recording, recording.drift.values), measure)
-    _map(axes, values.T, float(np.nanmax(values)) or 1.0, data.drift_title(measure), origin="lower")
+    _map(axes, values.T, data.highest([values]), data.drift_title(measure), origin="lower")
     axes.set(xlabel="denoising step", ylabel="layer")
 
 

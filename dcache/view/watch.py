@@ -12,12 +12,12 @@ from dcache.state import Seen
 from dcache.unmasking.base import Ask
 
 PARTS: dict[str, str] = {
-    "ask": "unmask",
-    "settle": "unmask",
-    "plan": "plan",
-    "review": "plan",
     "run": "pass",
     "rerun": "second pass",
+    "plan": "plan",
+    "review": "plan",
+    "ask": "unmask",
+    "settle": "unmask",
 }
 """What decoding calls, and the part of a step that its time belongs to."""
 
