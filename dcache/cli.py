@@ -180,7 +180,8 @@ def compare(
     except KeyboardInterrupt:
         show(run.comparison, format_)
         again = "Nothing was kept; give --out to be able to continue."
-        note(f"interrupted. {again if out is None else f'To continue, repeat the command with --out {out}'}")
+        flag = "--out" if report_ is None else "--report"
+        note(f"interrupted. {again if out is None else f'To continue, repeat the command with {flag} {out}'}")
         raise typer.Exit(INTERRUPTED) from None
     show(run.comparison, format_)
     if report_ is not None:

@@ -69,6 +69,12 @@ def finish(run: Run, folder: Path, texts: int, drift: bool, note: Note) -> None:
     if missing := recorder.missing:
         n = recorder.texts
         note(f"recording {n} text{'s' * (n != 1)} of each policy for the report, which is not measured")
-        for number, name in enumerate(recorder, start=1):
-            note(f"recorded {name}, {number} of {len(missing)}")
+        try:
+            for number, name in enumerate(recorder, start=1):
+                note(f"recorded {name}, {number} of {len(missing)}")
+        except KeyboardInterrupt:
+            note(
+                f"interrupted. The results are complete; to record the rest, repeat the command with --report {folder}"
+            )
+            raise
     note(f"report: {page.write([folder], folder / page.FILE)}")

@@ -61,6 +61,7 @@ def write(folders: Sequence[Path], out: Path) -> list[Path]:
                 for ending, more in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
                     file = out / f"{slug(name)}{ending}"
                     figure.savefig(file, metadata=more, dpi=200)
+                    figure.set_layout_engine("none")  # it has found its places, which takes a third of the time
                     written.append(file)
                 plt.close(figure)
     except OSError as error:

@@ -7,7 +7,9 @@ import pytest
 
 from dcache.cli import main
 from dcache.results import FILE as RESULTS
-from dcache.view.recording import FILE, read_recordings
+from dcache.view import papers
+from dcache.view.data import Chapter
+from dcache.view.recording import FILE, Recorder, read_recordings
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "golden" / "models" / "llada_mha"
@@ -49,6 +51,24 @@ def test_compare_writes_results_recordings_and_the_page_and_continues_them(capsy
     assert (folder / "report.html").exists()
 
 
+def test_ctrl_c_while_recording_keeps_what_is_recorded_and_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+    record, calls = Recorder._record, []
+
+    def interrupting(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return record(*given)
+
+    monkeypatch.setattr(Recorder, "_record", interrupting)
+    code, _, err = said(capsys, *COMPARE, "--report", tmp_path, "--report-texts", 1)
+    assert code == 130
+    assert err.endswith(f"to record the rest, repeat the command with --report {tmp_path}\n")
+    assert {policy for _, policy in read_recordings(tmp_path / FILE)[1]} == {"none"}
+    code, _, err = said(capsys, *COMPARE, "--report", tmp_path, "--report-texts", 1)
+    assert (code, "recorded dkv, 1 of 1" in err) == (0, True)
+
+
 def test_drift_is_measured_on_request(capsys, tmp_path):
     code, *_ = said(capsys, *COMPARE, "--report", tmp_path, "--report-texts", 1, "--measure-drift")
     assert code == 0
@@ -56,16 +76,19 @@ def test_drift_is_measured_on_request(capsys, tmp_path):
     assert "KV drift by layer" in (tmp_path / "report.html").read_text()
 
 
-def test_report_takes_several_runs_and_writes_where_it_is_told(capsys, made, tmp_path):
+def test_report_takes_several_runs_and_writes_where_it_is_told(capsys, made, tmp_path, monkeypatch):
     for name in "ab":
         made.save(tmp_path / name, made.conditions(made.entrant("none"), model=name), [made.result("none")])
     out = tmp_path / "both.html"
     assert said(capsys, "report", tmp_path / "a", tmp_path / "b", "--out", out)[:2] == (0, f"{out}\n")
     assert "What differs between the comparisons" in out.read_text()
+    few = [next(papers.drawings([Chapter.read(0, tmp_path / "a")]))]
+    monkeypatch.setattr(papers, "drawings", lambda chapters: few)
     code, told, _ = said(capsys, "report", tmp_path / "a", "--figures", tmp_path / "figures")
     assert code == 0
-    assert told.splitlines()[0] == str(tmp_path / "a" / "report.html")
-    assert (tmp_path / "figures" / "step-times.svg").exists()
+    files = ["a/report.html", "figures/accuracy-against-tok-s.svg", "figures/accuracy-against-tok-s.png"]
+    assert told.splitlines() == [str(tmp_path / file) for file in files]
+    assert all((tmp_path / file).exists() for file in files)
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,17 @@
     return found;
   }
 
-  function axis(given) {
+  function axis(given, title) {
     return {
       gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), tickcolor: css("--line"),
-      ticks: "outside", ticklen: 4, automargin: true, ...given, title: { standoff: 8, ...given?.title, font: { size: 12, color: css("--soft") } },
+      ticks: "outside", ticklen: 4, automargin: true, ...given, title: { ...title, ...given?.title, font: { size: 12, color: css("--soft") } },
     };
+  }
+
+  // The colour bar above the plot instead of beside it, and above what is written there
+  function lying(bar, { annotations }) {
+    const title = { ...bar.title, side: "top" };
+    return { ...bar, title, orientation: "h", x: 0.5, y: 1, yanchor: "bottom", ypad: annotations ? 26 : 8, len: 0.92 };
   }
 
   function dressed(variant, narrow) {
@@ -61,17 +67,12 @@
       },
       legend: { ...given.legend, orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", itemwidth: 30, font: { size: 12 } },
       dragmode: coarse ? false : "zoom", // a finger scrolls the page
-      xaxis: axis(given.xaxis), yaxis: axis(given.yaxis),
+      xaxis: axis(given.xaxis, {}), yaxis: axis(given.yaxis, { standoff: 8 }),
       annotations: (given.annotations || []).map((each) => ({ ...each, font: { ...each.font, color: css("--soft") } })),
       shapes: (given.shapes || []).map((shape) => ({ ...shape, line: { ...shape.line, ...border } })),
     };
     const data = variant.data.map(painted);
-    if (narrow) {
-      for (const trace of data) {
-        if (trace.colorbar) trace.colorbar = { ...trace.colorbar, orientation: "h", y: 1.02, yanchor: "bottom", len: 1, title: { ...trace.colorbar.title, side: "top" } };
-      }
-      if (data.some((trace) => trace.colorbar)) layout.margin.t = 78;
-    }
+    if (narrow) data.filter((trace) => trace.colorbar).forEach((trace) => (trace.colorbar = lying(trace.colorbar, given)));
     return { data, layout };
   }
 
