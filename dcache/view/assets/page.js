@@ -47,20 +47,22 @@
     };
   }
 
-  // The colour bar above the plot instead of beside it, and above what is written there
-  function lying(bar, { annotations }) {
-    const title = { ...bar.title, side: "top" };
-    return { ...bar, title, orientation: "h", x: 0.5, y: 1, yanchor: "bottom", ypad: annotations ? 26 : 8, len: 0.92 };
+  // On a phone the colour scale stands below the plot, which needs the width
+  function lying(scale, { zmax, colorbar }) {
+    const ends = colorbar.ticktext ? [colorbar.ticktext[0], colorbar.ticktext.at(-1)] : ["0", zmax.toPrecision(2)];
+    const bar = document.createElement("i");
+    bar.style.background = `linear-gradient(90deg, ${["--map-1", "--map-2", "--map-3"].map(css).join(", ")})`;
+    scale.replaceChildren(ends[0], bar, `${ends[1]} ${colorbar.title.text}`);
   }
 
-  function dressed(variant, narrow) {
+  function dressed(variant, narrow, scale) {
     const given = variant.layout;
     const border = { color: css("--ink"), width: 1 };
     const layout = {
       ...given,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: narrow ? 12 : 13, color: css("--ink") },
-      margin: { l: narrow ? 44 : 60, r: narrow ? 12 : 24, t: 34, b: 48, ...given.margin },
+      margin: { l: narrow ? 44 : 60, r: narrow ? 12 : 24, t: 34, b: 54, ...given.margin },
       hoverlabel: {
         bgcolor: css("--ink"), bordercolor: css("--ink"), align: "left",
         font: { color: css("--paper"), size: 13, family: getComputedStyle(document.body).fontFamily },
@@ -72,7 +74,12 @@
       shapes: (given.shapes || []).map((shape) => ({ ...shape, line: { ...shape.line, ...border } })),
     };
     const data = variant.data.map(painted);
-    if (narrow) data.filter((trace) => trace.colorbar).forEach((trace) => (trace.colorbar = lying(trace.colorbar, given)));
+    const map = data.find((trace) => trace.colorbar);
+    scale.hidden = !(narrow && map);
+    if (narrow && map) {
+      lying(scale, map);
+      map.showscale = false;
+    }
     return { data, layout };
   }
 
@@ -94,7 +101,7 @@
         plot.replaceChildren(Object.assign(document.createElement("p"), { textContent: "Not recorded." }));
       } else {
         if (!state.variant) plot.replaceChildren();
-        const { data, layout } = dressed(variant, plot.clientWidth < 600);
+        const { data, layout } = dressed(variant, plot.clientWidth < 600, state.scale);
         plot.style.height = `${layout.height}px`;
         await Plotly.react(plot, data, layout, {
           responsive: true, displaylogo: false, scrollZoom: false, displayModeBar: coarse ? false : "hover",
@@ -184,7 +191,9 @@
   );
   for (const figure of document.querySelectorAll("figure")) {
     const plot = figure.querySelector(".plot");
-    figures.set(plot, { figure, variants: null, variant: null, wanted: false });
+    const scale = Object.assign(document.createElement("div"), { className: "scale", hidden: true });
+    plot.after(scale);
+    figures.set(plot, { figure, scale, variants: null, variant: null, wanted: false });
     for (const select of figure.querySelectorAll("select")) select.addEventListener("change", () => draw(plot));
     near.observe(plot);
   }
