@@ -31,6 +31,7 @@ from dcache.tasks.base import Problem
 from dcache.tasks.prompts import Prompts
 from dcache.text import printable
 from dcache.trace import Step
+from dcache.view import commands as view
 
 INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -59,6 +60,7 @@ app = typer.Typer(
 
 
 app.add_typer(bench.app, name="bench")
+app.command("report")(view.report)
 
 
 def setting(settings: type[BaseModel], name: str, **options: Any) -> Any:
@@ -142,6 +144,9 @@ def compare(
     set_: Annotated[list[str] | None, option("policy.field=value, as often as needed", "--set")] = None,
     sweep: Annotated[list[str] | None, option("policy.field=v1,v2,...: one run per value", "--sweep")] = None,
     format_: Annotated[str, option("table, json, csv, markdown or latex", "--format")] = "table",
+    report_: view.ReportFolder = None,
+    report_texts: view.ReportTexts = view.TEXTS,
+    measure_drift: view.MeasureDrift = False,
     gen_length: GenLength = None,
     block_length: BlockLength = None,
     unmask: Unmask = None,
@@ -175,6 +180,7 @@ def compare(
     places |= {"device": device, "dtype": dtype, "family": family}
     plan = (CompareConfig() if config is None else CompareConfig.read(config)).but(**given(**places), **settings)
     plan = plan.but(policies=tuple(policy_calls(plan.policies, set_ or [], sweep or [])))
+    plan = plan.but(out=view.folder_of(plan.out if report_ is None else out, report_, measure_drift))
     if plan.out is not None:
         check_folder(plan.out)
     experiment = plan.experiment()
@@ -185,13 +191,16 @@ def compare(
     except KeyboardInterrupt:
         show(run.comparison, format_)
         again = "Nothing was kept; give --out to be able to continue."
-        note(f"interrupted. {again if plan.out is None else f'To continue, repeat the command with --out {plan.out}'}")
+        flag = "--out" if report_ is None else "--report"
+        note(f"interrupted. {again if plan.out is None else f'To continue, repeat the command with {flag} {plan.out}'}")
         raise typer.Exit(INTERRUPTED) from None
     except DCacheError:
         if run.results:
             show(run.comparison, format_)
         raise
     show(run.comparison, format_)
+    if report_ is not None:
+        view.finish(run, report_, report_texts, measure_drift, note)
 
 
 def watch(run: Run) -> None:

@@ -24,7 +24,7 @@ from dcache.reuse import ReuseCache
 from dcache.state import Embeddings, Span, State
 from dcache.tasks.base import Problem
 from dcache.text import printable
-from dcache.trace import Trace
+from dcache.trace import Step, Trace
 from dcache.unmasking.base import Unmasker
 
 if TYPE_CHECKING:
@@ -207,9 +207,10 @@ class Runner:
         """Decode one batch of prompts; `ids` number them within the whole run, for their noise."""
         state = self.state(prompts, ids)
         steps = decode(self.engine, state)
-        return [self._output(state, steps, b) for b in range(state.n_texts)]
+        return [self.output(state, steps, b) for b in range(state.n_texts)]
 
-    def _output(self, state: State, steps: list[Any], b: int) -> Output:
+    def output(self, state: State, steps: list[Step], b: int) -> Output:
+        """Text `b` of a batch that has been decoded."""
         spec = self.model.spec
         begin, end = int(state.gen_start[b]), int(state.lengths[b])
         canvas = [spec.eos_id if i == spec.mask_id else i for i in state.tokens[b, begin:end].tolist()]
