@@ -20,6 +20,7 @@ from dcache.calls import policy_calls
 from dcache.compare import Comparison, Experiment, Run
 from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, VerifySettings
 from dcache.errors import DCacheError, UsageError
+from dcache.evaluation import commands as evaluation
 from dcache.generate import Output, Runner, problem_prompt, settings_from
 from dcache.plugins import load_model, make_policy
 from dcache.tasks.base import Problem, Task
@@ -55,6 +56,7 @@ app = typer.Typer(
 
 
 app.add_typer(bench.app, name="bench")
+app.command("eval")(evaluation.evaluate)
 
 
 def setting(settings: type[BaseModel], name: str, **options: Any) -> Any:
