@@ -113,20 +113,19 @@ def evaluate(
     )  # fmt: skip
     evaluator = Evaluator(evaluation, load_model(model, device=device, dtype=dtype, family=family), arguments)
     found: list[Score] = []
-    head, code = "", 0
+    infos: list[dict[str, Any]] = []
+    code = 0
     try:
         for number, call in enumerate(calls, start=1):
             _note(f"{call}: policy {number} of {len(calls)}")
             results, scores = evaluator.run(call)
             found += scores
-            head = head or heading(results["config"]["dcache"], evaluation)
-            if truncated := results["config"]["dcache"]["counters"]["truncated"]:
-                _note(f"warning: {truncated} prompts were too long for the model and lost tokens on the left")
+            infos.append(results["config"]["dcache"])
     except KeyboardInterrupt:
-        _note(f"interrupted. {(len(found) and 'The table has what is finished.') or 'Nothing was finished.'}")
+        _note("interrupted. " + ("The table has what is finished." if found else "Nothing was finished."))
         code = INTERRUPTED
     if found:
-        print(printable(FORMATS[format_](found, head)), end="", flush=True)
+        print(printable(FORMATS[format_](found, heading(infos, evaluation))), end="", flush=True)
     if code:
         raise typer.Exit(code)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -95,7 +95,7 @@ class DCacheLM(LM):  # type: ignore[misc]  # the harness is not typed
     def _tokenizer(self) -> Tokenizer:
         if self.model.tokenizer is None:
             raise ModelError(
-                f"model {self.model.name!r} has no tokenizer, and tasks are texts; load a whole checkpoint"
+                f"model {self.model.name!r} has no tokenizer, and tasks are texts; load a checkpoint that has one"
             )
         return self.model.tokenizer
 
@@ -159,7 +159,7 @@ class DCacheLM(LM):  # type: ignore[misc]  # the harness is not typed
             for request, plan in zip(requests, plans, strict=True)
         ]
         self._used |= {_task_of(request): plan.settings for request, plan in zip(requests, plans, strict=True)}
-        self._warn(plans)
+        self._warn(name for plan in plans for name in plan.ignored)
         texts = [""] * len(requests)
         numbers = _numbers(prompts)
         groups: defaultdict[DecodeSettings, list[int]] = defaultdict(list)
@@ -178,12 +178,11 @@ class DCacheLM(LM):  # type: ignore[misc]  # the harness is not typed
                     bar.update(len(batch))
         return texts
 
-    def _warn(self, plans: Sequence[Request]) -> None:
-        ignored = sorted({name for plan in plans for name in plan.ignored})
-        if ignored:
-            log.warning("generation arguments that dcache does not know are ignored: %s", ", ".join(ignored))
-        truncated = sum(counters.truncated for counters in self.counters.values())
-        if truncated:
+    def _warn(self, ignored: Iterable[str] = ()) -> None:
+        """Say what was asked for and is not done."""
+        if names := sorted(set(ignored)):
+            log.warning("generation arguments that dcache does not know are ignored: %s", ", ".join(names))
+        if truncated := self.total.truncated:
             log.warning("%d prompts are too long for the model and lose tokens on the left", truncated)
 
     def _new_runner(self, settings: DecodeSettings) -> Runner:
@@ -220,6 +219,7 @@ class DCacheLM(LM):  # type: ignore[misc]  # the harness is not typed
             greedy = self.arguments.evaluation.check_greedy and self.likelihood.is_greedy(context, answer)
             found.append((value, greedy))
             self.cache_hook.add_partial("loglikelihood", request.args, found[-1])
+        self._warn()
         return found
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:

@@ -272,15 +272,17 @@ def _cost(score: Score) -> list[str]:
     return [*numbers, rows, "-" if c["refreshes"] is None else f"{c['refreshes']:.1f}"]
 
 
-def heading(info: dict[str, Any], evaluation: Evaluation) -> str:
-    """The conditions in a line."""
+def heading(infos: Sequence[dict[str, Any]], evaluation: Evaluation) -> str:
+    """The conditions in two lines, from what `DCacheLM.get_model_info` says of each policy."""
+    info, unmaskers = infos[0], {info["unmask"] for info in infos}
     settings = info["settings"]
     threads = "" if info["threads"] is None else f", {info['threads']} thread{'s' * (info['threads'] != 1)}"
     parts = [
         f"{info['model']}, {info['dtype']}, {info['device_name']}{threads}",
         f"torch {info['torch'].partition('+')[0]}, dcache {info['version']}, lm_eval {version_of('lm_eval')};",
     ]
-    run = [info["unmask"], f"batch {settings['batch_size']}", f"seed {settings['seed']}"]
+    unmask = info["unmask"] if len(unmaskers) == 1 else "paired unmaskers"
+    run = [unmask, f"batch {settings['batch_size']}", f"seed {settings['seed']}"]
     run += [f"gen {settings['gen_length']}"] * (settings["gen_length"] is not None)
     run += [f"first {evaluation.limit} problems of each task"] * (evaluation.limit is not None)
     return ", ".join(parts) + "\n" + ", ".join(run)

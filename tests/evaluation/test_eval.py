@@ -137,6 +137,21 @@ def test_the_entry_point_is_one_that_the_harness_can_load(site, monkeypatch):
     assert models.get("dcache") is DCacheLM
 
 
+def test_the_harnesss_command_shows_our_errors_in_a_line(monkeypatch, capsys, local):
+    from lm_eval.tasks import TaskManager
+
+    from dcache.evaluation.__main__ import main
+
+    begin = TaskManager.__init__
+    monkeypatch.setattr(TaskManager, "__init__", lambda *a, **k: begin(*a, **{**k, "include_defaults": False}))
+    for given, said in [("policy=elatsic", "unknown policy 'elatsic'"), ("policy=dkv", "the model arguments name no")]:
+        monkeypatch.setattr(
+            "sys.argv", ["lm_eval", "run", "--model", "dcache", "--model_args", given, "--tasks", str(local.gsm)]
+        )
+        assert main() == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {said}")
+
+
 # dcache eval
 
 
@@ -196,6 +211,32 @@ def test_eval_scores_choices_by_likelihood_once_for_all_policies(capsys, local):
     assert {**none, "policy": "elastic"} == elastic
     _, table, _ = said(capsys, local.choice, *SMALL, "--policies", "none", "--mc-num", "1", "--no-check-greedy")
     assert table.splitlines()[-1] == "Scored by likelihood, from whole passes: no policy changes these numbers."
+
+
+def test_eval_says_that_unmaskers_differ(capsys, local):
+    how = ["--policies", "none,elastic", "--unmask", "paired"]
+    code, out, err = said(capsys, local.gsm, *SMALL, *how)
+    assert code == 0, err
+    assert out.splitlines()[1].startswith("paired unmaskers, batch 1")
+
+
+def test_eval_shows_what_is_finished_when_it_is_interrupted(capsys, monkeypatch, local):
+    from dcache.evaluation.run import Evaluator
+
+    run = Evaluator.run
+
+    def interrupted(self, policy):
+        if policy.name == "dkv":
+            raise KeyboardInterrupt
+        return run(self, policy)
+
+    monkeypatch.setattr(Evaluator, "run", interrupted)
+    code, out, err = said(capsys, local.gsm, *SMALL, "--policies", "none,dkv")
+    assert code == 130
+    assert out.splitlines()[-1].split()[0] == "none"
+    assert err.splitlines()[-1] == "interrupted. The table has what is finished."
+    code, out, err = said(capsys, local.gsm, *SMALL, "--policies", "dkv")
+    assert (code, out, err.splitlines()[-1]) == (130, "", "interrupted. Nothing was finished.")
 
 
 def test_eval_sweeps_a_knob(capsys, local):

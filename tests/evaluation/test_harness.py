@@ -20,6 +20,15 @@ TEXTS = ["Ann has 4 apples.", "How many pens does Ben have now?", "Tom", "Eva bu
 SMALL = {"gen_length": 8, "block_length": 4}
 
 
+@pytest.fixture
+def log(caplog):
+    """What the harness's logger, which keeps its records to itself, is told."""
+    logger = logging.getLogger("lm_eval")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 @pytest.fixture(scope="module")
 def model():
     return dcache.load_model(FOLDER, device="cpu")
@@ -89,18 +98,22 @@ def test_tasks_of_other_settings_are_decoded_and_counted_apart(model):
     }
 
 
-def test_a_prompt_that_does_not_fit_loses_its_beginning_and_is_counted(model, caplog):
+def test_a_prompt_that_does_not_fit_loses_its_beginning_and_is_counted(model, log):
     room = model.spec.max_positions - SMALL["gen_length"]
     long = "Ann has 4 apples. " * room
     lm = lm_of(model, **SMALL)
-    caplog.set_level(logging.WARNING)
-    logging.getLogger("lm_eval").addHandler(caplog.handler)
     (text,) = lm.generate_until(asked([long]))
-    logging.getLogger("lm_eval").removeHandler(caplog.handler)
     ids = model.tokenizer.encode(long)[-room:]
     assert text == dcache.generate(model, [ids], **SMALL)[0].text
     assert lm.get_model_info()["dcache"]["counters"]["truncated"] == 1
-    assert "1 prompts are too long for the model" in caplog.text
+    assert "1 prompts are too long for the model" in log.text
+    lm.loglikelihood([SimpleNamespace(args=(long, " 4"), task_name="b")])
+    assert lm.total.truncated == 2
+
+
+def test_generation_arguments_that_mean_nothing_are_named(model, log):
+    lm_of(model, **SMALL).generate_until(asked(TEXTS[:1], num_beams=4, until=[]))
+    assert "generation arguments that dcache does not know are ignored: num_beams" in log.text
 
 
 def test_the_report_has_policy_all_knobs_unmasker_settings_and_versions(model):
