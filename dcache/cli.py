@@ -22,6 +22,7 @@ from dcache.compare import Comparison, Run
 from dcache.compare_config import DEFAULT_MODEL, CompareConfig
 from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, VerifySettings
 from dcache.errors import DCacheError, UsageError
+from dcache.evaluation import commands as evaluation
 from dcache.formats import check_format, formatted
 from dcache.generate import Output, Runner, problem_prompt, settings_from
 from dcache.plugins import load_model, make_policy
@@ -61,6 +62,7 @@ app = typer.Typer(
 
 app.add_typer(bench.app, name="bench")
 app.command("report")(view.report)
+app.command("eval")(evaluation.evaluate)
 
 
 def setting(settings: type[BaseModel], name: str, **options: Any) -> Any:
