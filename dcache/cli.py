@@ -28,6 +28,7 @@ from dcache.generate import Output, Runner, problem_prompt, settings_from
 from dcache.plugins import load_model, make_policy
 from dcache.progress import is_live, meter, note
 from dcache.results import check_folder
+from dcache.scaffold.command import new_policy
 from dcache.tasks.base import Problem
 from dcache.tasks.prompts import Prompts
 from dcache.text import printable
@@ -364,6 +365,9 @@ def verify(
         print(f"{counts['pass']} pass, {counts['fail']} fail, {counts['n/a']} not applicable")
     if counts["fail"]:
         raise typer.Exit(1)
+
+
+app.command("new-policy")(new_policy)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
