@@ -21,6 +21,7 @@ from dcache.errors import (
     PolicyError,
     UnmaskerError,
     UsageError,
+    WorkerError,
 )
 from dcache.generate import Output, generate
 from dcache.hookspecs import Register, hookimpl
@@ -64,6 +65,7 @@ __all__ = [
     "UnmaskerError",
     "Update",
     "UsageError",
+    "WorkerError",
     "__version__",
     "compare",
     "generate",

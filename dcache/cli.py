@@ -17,10 +17,11 @@ import dcache
 from dcache import catalog, report
 from dcache.bench import commands as bench
 from dcache.calls import policy_calls
-from dcache.compare import Comparison, Experiment, Run
-from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, VerifySettings
+from dcache.compare import Comparison, Experiment, Run, launch_settings
+from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, LaunchSettings, VerifySettings
 from dcache.errors import DCacheError, UsageError
 from dcache.generate import Output, Runner, problem_prompt, settings_from
+from dcache.models.loading import Source
 from dcache.plugins import load_model, make_policy
 from dcache.tasks.base import Problem, Task
 from dcache.tasks.prompts import Prompts
@@ -44,6 +45,7 @@ NUMBERS = (
     "batch_size",
     "examples",
     "patience",
+    "workers",
 )
 
 app = typer.Typer(
@@ -132,6 +134,9 @@ def compare(
     split: Annotated[str | None, setting(CompareSettings, "split")] = None,
     limit: Annotated[str | None, setting(CompareSettings, "limit", metavar=COUNT_OR_NONE)] = None,
     repeats: Annotated[str | None, setting(CompareSettings, "repeats", metavar=COUNT)] = None,
+    launcher: Annotated[str | None, setting(LaunchSettings, "launcher")] = None,
+    workers: Annotated[str | None, setting(LaunchSettings, "workers", metavar=COUNT)] = None,
+    ray_address: Annotated[str | None, setting(LaunchSettings, "ray_address")] = None,
     out: Annotated[Path | None, option("folder for results.jsonl; the same command continues it", "--out")] = None,
     set_: Annotated[list[str] | None, option("policy.field=value, as often as needed", "--set")] = None,
     sweep: Annotated[list[str] | None, option("policy.field=v1,v2,...: one run per value", "--sweep")] = None,
@@ -167,8 +172,9 @@ def compare(
         no_graphs=no_graphs,
     )  # fmt: skip
     source: Task | str | None = task if prompts is None else Prompts(prompts)
+    launch = launch_settings(**given(launcher=launcher, workers=workers, ray_address=ray_address))
     experiment = Experiment(policy_calls(policies, set_ or [], sweep or []), source, **settings)
-    run = Run(experiment, load_model(model, device=device, dtype=dtype, family=family), out)
+    run = Run(experiment, Source.of(model, device, dtype, family=family), out, launch=launch, note=note)
     try:
         watch(run)
     except KeyboardInterrupt:

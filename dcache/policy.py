@@ -130,6 +130,13 @@ class CachePolicy(ABC):
         """
         return 0
 
+    def remembers(self) -> str | None:
+        """What survives a request and changes the tokens of later ones, as a sentence; None: nothing does.
+
+        A policy that remembers cannot be spread over several processes.
+        """
+        return None
+
     def exempt(self) -> Mapping[str, str]:
         """Claims of `dcache.testing` that this configuration does not make, by name, each with the reason."""
         return {}
@@ -221,6 +228,10 @@ class Filter(CachePolicy):
     def capacity(self, state: State) -> int | None:
         """That of the inner policy."""
         return self.inner.capacity(state)
+
+    def remembers(self) -> str | None:
+        """What the inner policy remembers."""
+        return self.inner.remembers()
 
     def exempt(self) -> Mapping[str, str]:
         """What the inner policy is exempt from."""

@@ -106,6 +106,11 @@ class VLCache(Filter):
             return f"{self.inner.name} {told}, and a reused row has none; {advice}"
         return super().refuses(spec, unmasker)
 
+    def remembers(self) -> str | None:
+        """With ``fill=first`` an image is for all later requests what it was in the first one."""
+        first = "fill=first keeps of an image what its first request made of it"
+        return first if self.config.fill == "first" else super().remembers()
+
     def prepare(self, weights: Weights) -> None:
         """Tell models apart by a sample of every matrix."""
         super().prepare(weights)
