@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from dcache.calls import Call
+from dcache.calls import Call, parse_call
 from dcache.errors import UsageError
 from dcache.policy import CachePolicy, Filter
 from dcache.results import Conditions, Result
@@ -109,10 +109,10 @@ class Local(Launcher):
 def refuse_what_cannot_be_spread(experiment: Experiment) -> None:
     """Raise UsageError for what is not the same, or is not there, in another process."""
     for name, policy in experiment.policies.items():
-        if (reason := policy.remembers()) is not None:
+        if any(_remembers(part) for part in _parts(policy)):
             raise UsageError(
-                f"policy {name!r} cannot be spread over workers: {reason}, so tokens would depend on which worker "
-                "decodes what; use the launcher local"
+                f"policy {name!r} remembers earlier requests, so its tokens would depend on which worker decodes what; "
+                "use the launcher local"
             )
     recipe = experiment.recipe
     for given in [*recipe.policies.values(), recipe.task]:
@@ -126,6 +126,14 @@ def _parts(given: object) -> Iterator[object]:
         yield given
     if isinstance(given, Filter):
         yield from _parts(given.inner)
+
+
+def _remembers(policy: object) -> bool:
+    """Whether a policy has the knobs with which it declares that it remembers."""
+    if not isinstance(policy, CachePolicy) or policy.remembers is None:
+        return False
+    knobs = parse_call(f"policy({policy.remembers})").knobs
+    return all(getattr(policy.config, knob) == value for knob, value in knobs.items())
 
 
 def _refuse_what_cannot_be_imported(kind: type) -> None:

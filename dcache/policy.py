@@ -92,6 +92,10 @@ class CachePolicy(ABC):
     """Knobs that make it equal to no cache, e.g. ``"interval=1"``; "" if every configuration is. Checked by
     `dcache.testing` and ``dcache verify``."""
 
+    remembers: ClassVar[str | None] = None
+    """Knobs with which something outlives a request and changes the tokens of later ones, e.g. ``"fill=first"``; "" if
+    it always does. The requests of such a policy are not spread over several processes."""
+
     config: PolicyConfig
 
     def __init_subclass__(cls, **more: Any) -> None:
@@ -129,13 +133,6 @@ class CachePolicy(ABC):
         alone, so that what a filter hides may be gone.
         """
         return 0
-
-    def remembers(self) -> str | None:
-        """What survives a request and changes the tokens of later ones, as a sentence; None: nothing does.
-
-        A policy that remembers cannot be spread over several processes.
-        """
-        return None
 
     def exempt(self) -> Mapping[str, str]:
         """Claims of `dcache.testing` that this configuration does not make, by name, each with the reason."""
@@ -228,10 +225,6 @@ class Filter(CachePolicy):
     def capacity(self, state: State) -> int | None:
         """That of the inner policy."""
         return self.inner.capacity(state)
-
-    def remembers(self) -> str | None:
-        """What the inner policy remembers."""
-        return self.inner.remembers()
 
     def exempt(self) -> Mapping[str, str]:
         """What the inner policy is exempt from."""

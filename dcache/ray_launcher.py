@@ -7,6 +7,7 @@ results over by pickling them between processes of one user; no file is pickled.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import textwrap
 import warnings
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 MOST_LOSSES = 3
 PATIENCE_S = 30.0
+CONNECT_S = 5.0
 STORE_BYTES = 2**27  # of a cluster of our own: settings and results are small
 PASSED_ON = ("DCACHE_", "TRITON_INTERPRET")  # beginnings of environment variables that change how dcache runs
 
@@ -82,11 +84,8 @@ class Cluster:
         self.gpus, self.cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
 
     def _connect(self, address: str | None) -> None:
-        if address is not None and "://" in address:
-            raise UsageError(
-                f"ray_address {address!r} is that of a Ray client; run this on a machine of the cluster, with "
-                "HOST:PORT or auto"
-            )
+        if address is not None and address != "auto":
+            _refuse_what_does_not_answer(address)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if address is None:
             options |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
@@ -95,7 +94,7 @@ class Cluster:
             with chdir(HOME):  # Ray puts the working directory first on the workers' paths, where it would hide modules
                 self.ray.init(address or "local", **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            what = f"no Ray cluster answers at {address!r}" if address else "a Ray cluster cannot be started here"
+            what = "a Ray cluster cannot be started here" if address is None else f"Ray cannot join {address!r}"
             raise UsageError(f"{what}: {_one_line(error)}") from error
         self.own, self.joined = address is None, True
 
@@ -115,8 +114,68 @@ def _ray() -> Any:
     return ray
 
 
+def _refuse_what_does_not_answer(address: str) -> None:
+    """Ray itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise UsageError(
+            f"ray_address {address!r} is neither HOST:PORT of a cluster's head nor auto; give one of them, on a "
+            "machine of the cluster"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"no Ray cluster answers at {address!r}: {error}; `ray status` tells the address of a running one, and "
+            "without any dcache starts its own"
+        ) from None
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+@dataclass(frozen=True)
+class Places:
+    """How many workers there are, and what each is given.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        n_workers: on the whole cluster.
+        gpus, cpus: that Ray sets aside for a worker.
+        threads: of torch.
+    """
+
+    device: str
+    n_workers: int
+    gpus: int
+    cpus: int
+    threads: int
+
+    @staticmethod
+    def of(device: str | None, asked: int | None, n_units: int, cluster: Cluster) -> Places:
+        """For `asked` workers, or as many as are usual; no more than there are units.
+
+        Raises:
+            UsageError: for a device that names one GPU, and for more workers than the cluster has room for.
+        """
+        device = device or ("cuda" if cluster.gpus else "cpu")
+        if ":" in device:
+            raise UsageError(
+                f"device {device!r} names one GPU, and Ray gives each worker another; write cuda, and choose among the "
+                "GPUs of a machine by CUDA_VISIBLE_DEVICES"
+            )
+        on_gpu = device == "cuda"
+        if (asked or 1) > (cluster.gpus if on_gpu else cluster.cpus):
+            raise UsageError(
+                f"workers={asked or 1} on {device}: each needs one of its own, and the cluster has {cluster.gpus} GPUs "
+                f"and {cluster.cpus} CPUs; ask for fewer, or for another device"
+            )
+        usual = cluster.gpus if on_gpu else max(1, cluster.cpus // CPUS_PER_WORKER)
+        n_workers = min(asked or usual, n_units)
+        share = max(1, cluster.cpus // n_workers)
+        threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else share
+        return Places(device, n_workers, gpus=int(on_gpu), cpus=1 if on_gpu else share, threads=threads)
 
 
 class RayLauncher(Launcher):
@@ -152,40 +211,18 @@ class RayLauncher(Launcher):
         self.cluster = Cluster(settings.ray_address)
         self.ray = self.cluster.ray
         try:
-            self._plan(settings.workers, experiment.n_units)
+            self.places = Places.of(source.device, settings.workers, experiment.n_units, self.cluster)
             self.recipe = self._put(experiment)
-            for _ in range(self.n_workers):
+            for _ in range(self.places.n_workers):
                 self._start()
             found = self._first()
         except BaseException:
             self.close()
             raise
         self.experiment, self.marks = experiment.on(found.reads_images), found.marks
-        self.conditions = found.conditions.model_copy(update={"workers": self.n_workers})
+        self.conditions = found.conditions.model_copy(update={"workers": self.places.n_workers})
 
     # Workers
-
-    def _plan(self, asked: int | None, n_units: int) -> None:
-        """How many workers, and what each gets."""
-        gpus, cpus = self.cluster.gpus, self.cluster.cpus
-        kind = self.source.device or ("cuda" if gpus else "cpu")
-        if ":" in kind:
-            raise UsageError(
-                f"device {kind!r} with the launcher ray: Ray gives each worker a GPU; write cuda, and choose among "
-                "them by CUDA_VISIBLE_DEVICES"
-            )
-        room = gpus if kind == "cuda" else cpus
-        if (asked or 1) > room:
-            raise UsageError(
-                f"workers={asked or 1} on {kind}: each needs one of its own, and the cluster has {gpus} GPUs and "
-                f"{cpus} CPUs; ask for fewer, or for another device"
-            )
-        usual = gpus if kind == "cuda" else max(1, cpus // CPUS_PER_WORKER)
-        self.n_workers = min(asked or usual, n_units)
-        share = max(1, cpus // self.n_workers)
-        self.threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else share
-        self.needs = {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_gpus": 0, "num_cpus": share}
-        self.device = kind
 
     def _put(self, experiment: Experiment) -> Any:
         """The recipe of the experiment, where every worker finds it."""
@@ -200,12 +237,13 @@ class RayLauncher(Launcher):
     def _start(self) -> None:
         """One more worker, which begins to load."""
         self._started += 1
-        options: dict[str, Any] = {**self.needs, "max_restarts": 0, "max_task_retries": 0}
+        places = self.places
+        options: dict[str, Any] = {"num_gpus": places.gpus, "num_cpus": places.cpus, "max_restarts": 0}
         passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         if passed and not self.cluster.own:  # the processes of a cluster of our own have the environment of this one
             options["runtime_env"] = {"env_vars": passed}
-        actor = self.ray.remote(Worker).options(**options).remote(sys.path, os.getcwd(), self.threads)
-        source = replace(self.source, device=self.device)
+        actor = self.ray.remote(Worker).options(**options).remote(sys.path, os.getcwd(), places.threads)
+        source = replace(self.source, device=places.device)
         self.hands.append(Hand(self._started, actor, actor.load.remote(self.recipe, source)))
 
     def _first(self) -> Found:
@@ -263,8 +301,8 @@ class RayLauncher(Launcher):
     def _explain_the_wait(self) -> None:
         """No worker is there yet: the cluster is busy, or the model large."""
         total, free = self.ray.cluster_resources(), self.ray.available_resources()
-        kind = "GPU" if self.needs["num_gpus"] else "CPU"
-        if total.get(kind, 0) < self.needs[f"num_{kind.lower()}s"]:
+        kind, needed = ("GPU", self.places.gpus) if self.places.gpus else ("CPU", self.places.cpus)
+        if total.get(kind, 0) < needed:
             raise WorkerError(f"no worker is left, and the cluster has {total.get(kind, 0):g} {kind}s for another")
         self.note(f"no worker is ready yet: loading, or waiting for a place ({free.get(kind, 0):g} {kind}s are free)")
 

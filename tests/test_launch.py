@@ -1,8 +1,10 @@
 """Where a comparison runs, as far as one process can tell: who decodes what, and what cannot leave the process."""
 
+import importlib.util
 import sys
 from itertools import chain, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from dcache.compare import Experiment, Run, launch_settings
 from dcache.launch import Schedule, Unit, refuse_what_cannot_be_spread
 from dcache.plugins import load, make_policy
 from dcache.policies.vlcache import VLCache
+from dcache.ray_launcher import Places
 from dcache.tasks.base import Task
 from dcache.testing.models import random_model
 from dcache.worker import Found
@@ -112,6 +115,56 @@ def test_ray_is_asked_for_when_it_is_missing(monkeypatch):
         compare(FOLDER, [], launcher="ray", limit=1)
 
 
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("ray://head:10001", "is neither HOST:PORT of a cluster's head nor auto"),
+        ("head", "is neither HOST:PORT"),
+        ("127.0.0.1:1", r"no Ray cluster answers at '127.0.0.1:1': .*refused.*`ray status` tells"),
+        ("127.0.0.1:99999", "no Ray cluster answers"),
+    ],
+)
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_an_address_without_a_cluster_is_refused_at_once(address, said):
+    with pytest.raises(UsageError, match=said):
+        compare(FOLDER, [], launcher="ray", ray_address=address, limit=1)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "asked", "device", "expected"),
+    [
+        (4, 64, None, None, Places("cuda", 4, gpus=1, cpus=1, threads=16)),
+        (4, 64, 3, "cuda", Places("cuda", 3, gpus=1, cpus=1, threads=21)),
+        (4, 64, None, "cpu", Places("cpu", 16, gpus=0, cpus=4, threads=4)),
+        (0, 16, None, None, Places("cpu", 4, gpus=0, cpus=4, threads=4)),
+        (0, 2, None, None, Places("cpu", 1, gpus=0, cpus=2, threads=2)),
+        (0, 8, 3, "cpu", Places("cpu", 3, gpus=0, cpus=2, threads=2)),
+        (64, 64, None, None, Places("cuda", 20, gpus=1, cpus=1, threads=3)),
+    ],
+)
+def test_there_is_a_worker_for_each_gpu_or_for_a_few_cpus(monkeypatch, gpus, cpus, asked, device, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert Places.of(device, asked, 20, SimpleNamespace(gpus=gpus, cpus=cpus)) == expected
+
+
+def test_workers_have_as_many_threads_as_the_environment_says(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert Places.of("cpu", 2, 20, SimpleNamespace(gpus=0, cpus=8)).threads == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "said"),
+    [
+        ("cuda", 3, "workers=3 on cuda: .* has 2 GPUs and 8 CPUs"),
+        ("cpu", 9, "workers=9 on cpu"),
+        ("cuda:1", None, "device 'cuda:1' names one GPU"),
+    ],
+)
+def test_workers_that_find_no_room_are_refused(device, asked, said):
+    with pytest.raises(UsageError, match=said):
+        Places.of(device, asked, 20, SimpleNamespace(gpus=2, cpus=8))
+
+
 # What cannot leave the process
 
 
@@ -147,7 +200,7 @@ def test_a_task_of_a_script_is_refused(monkeypatch):
 
 def test_a_policy_that_remembers_earlier_requests_is_refused_wherever_it_is_wrapped():
     for text in ("vlcache(fill=first)", "suffix(inner=vlcache(fill=first))"):
-        with pytest.raises(UsageError, match="cannot be spread over workers: fill=first keeps"):
+        with pytest.raises(UsageError, match=r"remembers earlier requests.*use the launcher local"):
             refuse_what_cannot_be_spread(Experiment([text]))
     refuse_what_cannot_be_spread(Experiment(["vlcache"]))
 
