@@ -26,6 +26,7 @@ from dcache.errors import (
     PolicyError,
     UnmaskerError,
     UsageError,
+    WorkerError,
 )
 from dcache.generate import Output, generate
 from dcache.hookspecs import Register, hookimpl
@@ -70,6 +71,7 @@ __all__ = [
     "UnmaskerError",
     "Update",
     "UsageError",
+    "WorkerError",
     "__version__",
     "compare",
     "generate",

@@ -18,13 +18,14 @@ import dcache
 from dcache import catalog, completion, report
 from dcache.bench import commands as bench
 from dcache.calls import policy_calls
-from dcache.compare import Comparison, Run
+from dcache.compare import Comparison, Run, launch_settings
 from dcache.compare_config import DEFAULT_MODEL, CompareConfig
-from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, VerifySettings
+from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, LaunchSettings, VerifySettings
 from dcache.errors import DCacheError, UsageError
 from dcache.evaluation import commands as evaluation
 from dcache.formats import check_format, formatted
 from dcache.generate import Output, Runner, problem_prompt, settings_from
+from dcache.models.loading import Source
 from dcache.plugins import load_model, make_policy
 from dcache.progress import is_live, meter, note
 from dcache.results import check_folder
@@ -52,6 +53,7 @@ NUMBERS = (
     "batch_size",
     "examples",
     "patience",
+    "workers",
 )
 
 app = typer.Typer(
@@ -143,6 +145,9 @@ def compare(
     split: Annotated[str | None, setting(CompareSettings, "split")] = None,
     limit: Annotated[str | None, setting(CompareSettings, "limit", metavar=COUNT_OR_NONE)] = None,
     repeats: Annotated[str | None, setting(CompareSettings, "repeats", metavar=COUNT)] = None,
+    launcher: Annotated[str | None, setting(LaunchSettings, "launcher")] = None,
+    workers: Annotated[str | None, setting(LaunchSettings, "workers", metavar=COUNT)] = None,
+    ray_address: Annotated[str | None, setting(LaunchSettings, "ray_address")] = None,
     out: Annotated[Path | None, option("folder for results.jsonl; the same command continues it", "--out")] = None,
     set_: Annotated[list[str] | None, option("policy.field=value, as often as needed", "--set")] = None,
     sweep: Annotated[list[str] | None, option("policy.field=v1,v2,...: one run per value", "--sweep")] = None,
@@ -186,8 +191,9 @@ def compare(
     plan = plan.but(out=view.folder_of(plan.out if report_ is None else out, report_, measure_drift))
     if plan.out is not None:
         check_folder(plan.out)
-    experiment = plan.experiment()
-    run = Run(experiment, load_model(plan.model, device=plan.device, dtype=plan.dtype, family=plan.family), plan.out)
+    launch = launch_settings(**given(launcher=launcher, workers=workers, ray_address=ray_address))
+    source = Source.of(plan.model, plan.device, plan.dtype, family=plan.family)
+    run = Run(plan.experiment(), source, plan.out, launch=launch, note=note)
     plan.save(run)
     try:
         watch(run)

@@ -313,7 +313,8 @@ def heading(conditions: Conditions) -> list[str]:
     """The conditions in two lines: what ran, and on what."""
     c, run = conditions, conditions.settings
     threads = "" if c.threads is None else f", {c.threads} thread{'s' * (c.threads != 1)}"
-    place = f"{c.device.upper() if c.device == 'cpu' else 'GPU'} {c.device_name}{threads}"
+    workers = f", {c.workers} workers" if c.workers > 1 else ""
+    place = f"{c.device.upper() if c.device == 'cpu' else 'GPU'} {c.device_name}{threads}{workers}"
     size = c.n_parameters
     weights = f"{size / 1e9:.1f}B" if size >= 1e9 else f"{size / 1e6:.1f}M" if size >= 1e6 else f"{size / 1e3:.0f}k"
     blocks = not all("window=" in entrant.unmask for entrant in c.policies)  # a sliding window knows none

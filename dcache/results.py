@@ -33,7 +33,7 @@ CURES = {
     errno.EPERM: "make the folder writable",
     errno.EROFS: "make the folder writable",
 }
-MAY_GROW = frozenset({"started", "limit", "n_problems", "repeats"})
+MAY_GROW = frozenset({"started", "limit", "n_problems", "repeats", "workers"})
 """Conditions in which a resumed comparison may differ: they change no result, only how many there are."""
 
 
@@ -75,6 +75,7 @@ class Conditions(BaseModel):
         settings: of decoding: gen_length, block_length, batch_size, ...; ``unmask`` is what was asked for.
         policies: in the order of the table, the reference first.
         started: UTC, ISO 8601.
+        workers: processes that decode side by side, each on a GPU or with threads of its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -100,6 +101,7 @@ class Conditions(BaseModel):
     settings: dict[str, Any]
     policies: list[Entrant]
     started: str
+    workers: int = 1
 
     @property
     def reference(self) -> str:
