@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -184,6 +185,7 @@ def test_what_is_written_is_read_as_it_was(tmp_path_factory, value):
     file = tmp_path_factory.getbasetemp() / "some.yaml"
     file.write_text(yaml_files.write(value), encoding="utf-8")
     assert yaml_files.read(file)[0] == value
+    assert yaml.safe_load(file.read_text(encoding="utf-8")) == value  # version 1.1
 
 
 # The command line
