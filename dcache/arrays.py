@@ -38,12 +38,6 @@ def first(mask: Bools, otherwise: Ints | int) -> Ints:
     return np.where(mask.any(-1), mask.argmax(-1), otherwise).astype(np.int64)
 
 
-def nth(mask: Bools, n: int, otherwise: int) -> Ints:
-    """Index of the `n`-th true entry, from 1, of each row of `mask` (batch, n_positions); `otherwise` without one."""
-    found = [row.nonzero()[0] for row in mask]
-    return np.array([index[n - 1] if len(index) >= n else otherwise for index in found], dtype=np.int64)
-
-
 def highest(score: np.ndarray, among: Bools, count: Ints | int) -> Bools:
     """Mark the `count` (batch,) highest scores (batch, n) of `among`, or all if they are fewer; ties go left."""
     chosen = np.zeros_like(among)
@@ -52,9 +46,11 @@ def highest(score: np.ndarray, among: Bools, count: Ints | int) -> Bools:
         if 0 < wanted < len(index):  # a partition, because a stable sort of 4,096 costs 0.7 ms
             value = score[b][index]
             cut = np.partition(value, -wanted)[-wanted]
-            above, ties = index[value > cut], index[value == cut]
-            chosen[b, above] = True
-            chosen[b, ties[: wanted - len(above)]] = True
+            kept = value >= cut
+            surplus = np.count_nonzero(kept) - wanted
+            if surplus > 0:  # of those equal to the cut the rightmost are too many
+                kept[np.flatnonzero(value == cut)[-surplus:]] = False
+            chosen[b, index] = kept
         elif wanted > 0:
             chosen[b, index] = True
     return chosen

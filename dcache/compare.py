@@ -14,17 +14,18 @@ from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import ValidationError
 
 import dcache
-from dcache import report
+from dcache import formats, report
 from dcache.calls import Call, split_list
 from dcache.conditions import device_name, prompt_of, source_of, version_of, weights_of, written
 from dcache.config import DEFAULT_POLICIES, CompareSettings, LaunchSettings
 from dcache.errors import UsageError
+from dcache.files import write_whole
 from dcache.generate import Output, Runner, policy_of, problem_prompt, settings_from, unmasker_of
 from dcache.launch import Launcher, Local, Recipe, Unit
 from dcache.models.loading import Model, Source
@@ -33,6 +34,7 @@ from dcache.policy import CachePolicy
 from dcache.results import FILE, Conditions, Entrant, Result, ResultFile, line_of, read_results
 from dcache.tasks.base import Problem, Task
 from dcache.tasks.prompts import Prompts
+from dcache.text import printable
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # type: ignore[import-untyped]
@@ -302,6 +304,7 @@ class Run:
         launch: LaunchSettings | None = None,
         note: Callable[[str], None] | None = None,
     ):
+        self._model = model
         self.launcher = _launcher(experiment, model, clock, launch or LaunchSettings(), note)
         try:
             self.experiment, self.conditions = self.launcher.experiment, self.launcher.conditions
@@ -357,6 +360,12 @@ class Run:
                     if indices:
                         yield Unit(repeat, number, name, tuple(indices))
 
+    def here(self) -> Decoder:
+        """The experiment in this process, for what results do not tell; loads the model if all runs elsewhere."""
+        if isinstance(self.launcher, Local):
+            return self.launcher.decoder
+        return Decoder(self.experiment, _loaded(self._model))
+
     @property
     def comparison(self) -> Comparison:
         """What exists so far."""
@@ -371,10 +380,14 @@ def _launcher(
     note: Callable[[str], None] | None,
 ) -> Launcher:
     if settings.launcher == "local":
-        return Local(Decoder(experiment, model if isinstance(model, Model) else load(_source(model)), clock))
+        return Local(Decoder(experiment, _loaded(model), clock))
     from dcache.ray_launcher import RayLauncher  # here, because it needs a package that most do without
 
     return RayLauncher(experiment, _source(model), settings, note)
+
+
+def _loaded(model: AnyModel) -> Model:
+    return model if isinstance(model, Model) else load(_source(model))
 
 
 def _source(model: AnyModel) -> Source:
@@ -433,9 +446,25 @@ class Comparison:
         """What to keep in mind when reading the table, each with a next step."""
         return report.warnings(self.conditions, self.standings)
 
-    def table(self) -> str:
-        """Conditions, one line per policy, and a summary: the text that ``dcache compare`` prints."""
-        return report.table(self.conditions, self.standings)
+    def table(self, format: str = "table") -> str:
+        """Conditions, one line per policy, and a summary: the text that ``dcache compare`` prints.
+
+        Args:
+            format: of it, as for ``--format``: table, json, csv, markdown or latex.
+        """
+        return formats.formatted(format, self.conditions, self.standings)
+
+    def __repr__(self) -> str:
+        n, names = len(self.results), ", ".join(entrant.policy for entrant in self.conditions.policies)
+        return printable(f"<Comparison of {names} on {self.conditions.task} by {self.conditions.model}, {n} texts>")
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows on a terminal."""
+        printer.text(self.table())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return formats.page(self.conditions, self.standings, self.warnings)
 
     def by_region(self) -> str:
         """One line per policy: rows and refreshes of images, of the rest of the prompt and of the generation.
@@ -444,10 +473,18 @@ class Comparison:
         """
         return "".join(f"{line}\n" for line in report.by_region(self.standings))
 
-    def to_pandas(self) -> DataFrame:
-        """One row per result."""
+    def to_pandas(self, by: Literal["text", "policy"] = "text") -> DataFrame:
+        """One row per text, or one per policy.
+
+        Args:
+            by: "text" has the fields of `results`; "policy" those of `standings`, the numbers behind the table.
+        """
         from pandas import DataFrame
 
+        if by not in ("text", "policy"):
+            raise UsageError(f"by is {by!r}; choose 'text' or 'policy'")
+        if by == "policy":
+            return DataFrame([row.flat for row in self.standings], columns=report.flat_names())
         return DataFrame([result.flat for result in self.results])
 
     def save(self, path: str | PathLike[str]) -> Path:
@@ -456,8 +493,7 @@ class Comparison:
         data = b"".join([line_of(self.conditions), *map(line_of, self.results)])
         try:
             if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(data)
+                write_whole(file, data)
                 return file
         except OSError as error:
             raise UsageError(f"results cannot be written to {file}: {error.strerror}") from error

@@ -42,6 +42,7 @@ WIDTH = 100
 NAME_WIDTH = 32  # a longer name of a policy takes a line of its own, so that one does not push all numbers aside
 FEW_PROBLEMS = 30
 LOW_ACCURACY = 0.2
+NOTHING = "No problem was finished by all policies yet."
 Z = 2  # standard errors that a difference must exceed
 
 
@@ -108,6 +109,23 @@ class Standing:
     cache_bytes: int
     peak_bytes: int | None
     regions: dict[str, Part] | None
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """The fields; those of a region as ``image_row_share``, ..., None where results do not say."""
+        whole = {field: getattr(self, field) for field in Standing.__dataclass_fields__ if field != "regions"}
+        parts = {name: None if self.regions is None else self.regions[name] for name in REGIONS}
+        return whole | {
+            f"{name}_{field}": None if part is None else getattr(part, field)
+            for name, part in parts.items()
+            for field in Part.__dataclass_fields__
+        }
+
+
+def flat_names() -> list[str]:
+    """The names in `Standing.flat`, in their order."""
+    whole = [field for field in Standing.__dataclass_fields__ if field != "regions"]
+    return whole + [f"{name}_{field}" for name in REGIONS for field in Part.__dataclass_fields__]
 
 
 # From results to standings
@@ -343,9 +361,9 @@ def table(conditions: Conditions, rows: Sequence[Standing]) -> str:
     """Conditions, one line per policy and the summary, as plain text with a final newline."""
     lines = heading(conditions)
     if not rows:
-        return "\n".join([*lines, "", "No problem was finished by all policies yet.", ""])
+        return "\n".join([*lines, "", NOTHING, ""])
     lines += _grid(columns(rows), rows)
-    if _with_images(rows):
+    if with_images(rows):
         lines += ["", *by_region(rows)]
     text = summary(conditions, rows).replace(" %", "\N{NO-BREAK SPACE}%")
     return "\n".join([*lines, "", textwrap.fill(text, WIDTH).replace("\N{NO-BREAK SPACE}", " "), ""])
@@ -356,7 +374,8 @@ def by_region(rows: Sequence[Standing]) -> list[str]:
     return _grid(region_columns(rows), rows) if any(row.regions is not None for row in rows) else []
 
 
-def _with_images(rows: Sequence[Standing]) -> bool:
+def with_images(rows: Sequence[Standing]) -> bool:
+    """Whether any prompt has an image, so that a table by region says something."""
     return any(row.regions is not None and row.regions["image"].row_share is not None for row in rows)
 
 
@@ -507,8 +526,8 @@ def _cpu(conditions: Conditions, rows: Sequence[Standing]) -> list[str]:
 def markdown(conditions: Conditions, rows: Sequence[Standing]) -> str:
     """The table for a README or an issue."""
     grid = _pipes(columns(rows), rows)
-    grid += ["", *_pipes(region_columns(rows), rows)] if _with_images(rows) else []
-    body = [*grid, "", summary(conditions, rows)] if rows else ["No problem was finished by all policies yet."]
+    grid += ["", *_pipes(region_columns(rows), rows)] if with_images(rows) else []
+    body = [*grid, "", summary(conditions, rows)] if rows else [NOTHING]
     return "\n".join([" ".join(heading(conditions)), "", *body, ""])
 
 
@@ -532,21 +551,7 @@ def as_json(conditions: Conditions, rows: Sequence[Standing]) -> str:
 def as_csv(conditions: Conditions, rows: Sequence[Standing]) -> str:
     """The standings, one line per policy, numbers in the units that their names end in."""
     out = io.StringIO()
-    whole = [field for field in Standing.__dataclass_fields__ if field != "regions"]
-    parts = {f"{name}_{field}": (name, field) for name in REGIONS for field in Part.__dataclass_fields__}
-    writer = csv.DictWriter(out, [*whole, *parts], lineterminator="\n")
+    writer = csv.DictWriter(out, flat_names(), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        values = {field: getattr(row, field) for field in whole}
-        if (regions := row.regions) is not None:
-            values |= {column: getattr(regions[name], field) for column, (name, field) in parts.items()}
-        writer.writerow(values)
+    writer.writerows(row.flat for row in rows)
     return out.getvalue()
-
-
-FORMATS: dict[str, Callable[[Conditions, Sequence[Standing]], str]] = {
-    "table": table,
-    "json": as_json,
-    "csv": as_csv,
-    "markdown": markdown,
-}

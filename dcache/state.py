@@ -293,14 +293,14 @@ class State:
 
     def apply(self, update: Update, seen: Seen) -> None:
         """Write what the step decided and move on: tokens, masked, changed, step and block."""
-        active = self.active
-        self._check_update(update)
+        active, remasks = self.active, bool(update.remask.any())
+        self._check_update(update, remasks)
         written, tokens = update.written(self.spec.eos_id)
         self.changed = written
         self.tokens = np.where(written, tokens, self.tokens)
         self.masked = self.masked & ~(written | update.drop)
         self.known = self.known | written
-        if update.remask.any():
+        if remasks:
             self.changed = written | update.remask
             self.tokens[update.remask] = self.spec.mask_id
             self.masked |= update.remask
@@ -314,7 +314,34 @@ class State:
             else:
                 self._enter(block)
 
-    def _check_update(self, update: Update) -> None:
+    def _check_update(self, update: Update, remasks: bool) -> None:
+        self._check_commits(update)
+        if remasks or update.fill is not None:
+            self._check_rewritten(update)
+        if self.guided:
+            self._check_pairs(update)
+
+    def _check_commits(self, update: Update) -> None:
+        """Only the few committed rows are looked at: the next pass waits for this."""
+        at = np.flatnonzero(update.commit)
+        if not (inside := self.window.take(at)).all():
+            b, p = divmod(int(at[inside.argmin()]), self.slots)
+            raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} was committed outside the window")
+        mask_id, n_ids = self.spec.mask_id, self.spec.vocab_size
+        tokens: list[int] = update.tokens.take(at).tolist()
+        if mask_id in tokens:
+            b, p = divmod(int(at[tokens.index(mask_id)]), self.slots)
+            raise UnmaskerError(f"step {self.step[b]}, sequence {b}: the mask token was committed at position {p}")
+        if tokens and not 0 <= min(tokens) <= max(tokens) < n_ids:
+            token = next(i for i in tokens if not 0 <= i < n_ids)
+            b, p = divmod(int(at[tokens.index(token)]), self.slots)
+            raise UnmaskerError(
+                f"step {self.step[b]}, sequence {b}: token {token} was committed at position {p}; "
+                f"the vocabulary has {n_ids} ids, and -1 means that the position was not predicted"
+            )
+
+    def _check_rewritten(self, update: Update) -> None:
+        """Rows that are put back or overwritten."""
         b = p = 0
 
         def found(mask: Bools) -> bool:
@@ -324,17 +351,6 @@ class State:
                 return True
             return False
 
-        if found(update.commit & ~self.window):
-            raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} was committed outside the window")
-        mask_id, n_ids = self.spec.mask_id, self.spec.vocab_size
-        wrong = [i for i in update.tokens[update.commit].tolist() if i == mask_id or not 0 <= i < n_ids]
-        if wrong and found(update.commit & (update.tokens == mask_id)):
-            raise UnmaskerError(f"step {self.step[b]}, sequence {b}: the mask token was committed at position {p}")
-        if wrong and found(update.commit & ((update.tokens < 0) | (update.tokens >= n_ids))):
-            raise UnmaskerError(
-                f"step {self.step[b]}, sequence {b}: token {update.tokens[b, p]} was committed at position {p}; "
-                f"the vocabulary has {n_ids} ids, and -1 means that the position was not predicted"
-            )
         if found(update.remask & ~self._generated):
             raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} is not generated, yet re-masked")
         if update.fill is not None and found(update.fill & (~self._generated | update.remask)):
@@ -342,18 +358,22 @@ class State:
                 f"step {self.step[b]}, sequence {b}: position {p} is overwritten with end-of-text, but it is "
                 f"{'re-masked too' if update.remask[b, p] else 'not generated'}"
             )
-        if self.guided:
-            first, second = (x.reshape(2, -1) for x in (update.commit, np.where(update.commit, update.tokens, -1)))
-            if (first[0] != first[1]).any() or (second[0] != second[1]).any():
-                raise UnmaskerError(
-                    "the unmasker treats the two sequences of a guided text differently; its decisions may depend on "
-                    "the logits, the state and `Asked.sequence`, not on the number of the lane"
-                )
+
+    @staticmethod
+    def _check_pairs(update: Update) -> None:
+        first, second = (x.reshape(2, -1) for x in (update.commit, np.where(update.commit, update.tokens, -1)))
+        if (first[0] != first[1]).any() or (second[0] != second[1]).any():
+            raise UnmaskerError(
+                "the unmasker treats the two sequences of a guided text differently; its decisions may depend on "
+                "the logits, the state and `Asked.sequence`, not on the number of the lane"
+            )
 
     def _fixed_block(self) -> Bools:
         """Blocks of the leftmost masked rows, none for finished sequences; `block` itself while they are the same."""
+        leftmost = self.masked.argmax(1)  # 0 in a finished sequence, which is prompt and so in no block
+        if all(block[p] for block, p in zip(self.block, leftmost, strict=True)):
+            return self.block
         size = self.gen_length if self.block_length is None else self.block_length
-        leftmost = self.masked.argmax(1)
         start = np.where(self.active, leftmost - (leftmost - self.gen_start) % size, -1)
         moved = start != self._block_start
         if not moved.any():

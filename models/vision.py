@@ -91,14 +91,21 @@ class Tiles:
     """An image as the tower sees it.
 
     Attributes:
-        pixels: (tiles, 3, image_size, image_size) float32 from -1 to 1: the squeezed image, then the canvas by lines.
+        raw: (tiles, 3, image_size, image_size) uint8: the squeezed image, then the canvas by lines.
         size: width and height of the image.
         grid: tiles across and down the canvas; None for an image that is one tile.
     """
 
-    pixels: Tensor
+    raw: Tensor
     size: tuple[int, int]
     grid: tuple[int, int] | None
+
+    def pixels(self, device: torch.device | str = "cpu") -> Tensor:
+        """What the tower is given: `raw` as float32 from -1 to 1, scaled on `device`.
+
+        It is scaled in float64 first, as published, which decides the last bit.
+        """
+        return ((self.raw.to(device).double() * (1 / 255)).float() - 0.5) / 0.5
 
 
 @dataclass(frozen=True)
@@ -221,10 +228,10 @@ def _centred(image: "Image", size: tuple[int, int], colour: tuple[int, int, int]
     return _typed(page)
 
 
-def _pixels(image: "Image") -> Tensor:
-    """(3, height, width) float32 from -1 to 1; scaled in float64 first, as published, which decides the last bit."""
-    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
-    return ((raw.permute(2, 0, 1).double() * (1 / 255)).float() - 0.5) / 0.5
+def _raw(image: "Image") -> Tensor:
+    """(3, height, width) uint8."""
+    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return raw.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
 # The module
@@ -277,7 +284,7 @@ class Vision(nn.Module):
 
     def encode(self, tiles: Tiles) -> Tensor:
         """The rows of one image: (rows, d_model)."""
-        return self.merge(self.projector(self.tower_rows(tiles.pixels)), tiles)
+        return self.merge(self.projector(self.tower_rows(tiles.pixels(self.newline.device))), tiles)
 
     def features(self, images: "Sequence[Image]") -> list[Tensor]:
         """The rows (rows, d_model) of each image of one prompt."""
@@ -290,7 +297,7 @@ class Vision(nn.Module):
         """
         sample = torch.cat([parameter.flatten()[:_SAMPLE] for parameter in self.parameters()])
         model = content_key(self.spec, sample)
-        return [content_key(model, tiles.size, tiles.grid, tiles.pixels) for tiles in images]
+        return [content_key(model, tiles.size, tiles.grid, tiles.raw) for tiles in images]
 
     def recall(self, key: str, tiles: Tiles, cache: ReuseCache[Tensor] | None) -> Tensor:
         """The rows of one image, from the cache if its key is there; they go into it if not."""
@@ -357,15 +364,15 @@ class Vision(nn.Module):
         edge = self.spec.image_size
         canvas = best_canvas(image.size, self.spec.canvases)
         across, down = canvas[0] // edge, canvas[1] // edge
-        plane = _pixels(_fitted(image, canvas)).reshape(3, down, edge, across, edge)
+        plane = _raw(_fitted(image, canvas)).reshape(3, down, edge, across, edge)
         cut = plane.permute(1, 3, 0, 2, 4).flatten(0, 1)  # (tiles, 3, edge, edge), line by line
-        squeezed = _pixels(image.resize((edge, edge)))
+        squeezed = _raw(image.resize((edge, edge)))
         return Tiles(torch.cat([squeezed[None], cut]), image.size, (across, down))
 
     def _squared(self, image: "Image") -> Tiles:
         side, edge = max(image.size), self.spec.image_size
         square = _centred(image, (side, side), _SQUARE).resize((edge, edge))
-        return Tiles(_pixels(square)[None], image.size, None)
+        return Tiles(_raw(square)[None], image.size, None)
 
     def _shrunk(self, plane: Tensor) -> Tensor:
         """A map (d_model, down, across) that has too many rows, scaled down to `max_tiles` tiles."""

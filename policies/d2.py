@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from dcache.arrays import Bools, close_gaps, first, highest, nth
+from dcache.arrays import Bools, close_gaps, highest
 from dcache.density import densities
 from dcache.policy import CachePolicy, Plan, PolicyConfig, State
 
@@ -105,7 +105,7 @@ class D2Cache(CachePolicy):
 
     def plan(self, state: State) -> Plan:
         """Everything at first, then M*, N and U."""
-        rows = state.valid
+        rows, begins = state.valid, state.step == 0
         if state.seen is not None and self.config.refresh == "never":
             self._recall(state)
             selection = self._select(state, state.seen.reports)
@@ -113,11 +113,10 @@ class D2Cache(CachePolicy):
                 both = zip(selection, self.selection, strict=True)
                 selection = Selection(*(np.where(self.ran[:, None], now, before) for now, before in both))
             self.selection = selection
-            rows = self.selection.rows | (state.step == 0)[:, None]
-            if self.config.couple_batch:
-                rows = rows | self._top_up(state, self.selection)
+            rows = selection.rows | begins[:, None]
+            rows = rows | self._top_up(state, selection) if self.config.couple_batch else rows
         self.masked, self.block, self.ran = state.masked, state.block, state.active
-        reread = state.step == 0 if self.config.confidence == "first" else state.active
+        reread = begins if self.config.confidence == "first" else state.active
         watch = state.predicted_by(rows) & state.masked & reread[:, None] if reread.any() else None
         return Plan(rows, watch=watch)
 
@@ -147,8 +146,7 @@ class D2Cache(CachePolicy):
     def _recall(self, state: State) -> None:
         """Take over the confidences that the released code keeps, those of the first step, or all."""
         assert state.seen is not None
-        wanted = (state.step == 1) | (self.config.confidence == "latest")
-        if wanted.any():
+        if (wanted := (state.step == 1) | (self.config.confidence == "latest")).any():
             fresh = self.masked & np.isfinite(state.seen.confidence) & wanted[:, None]
             self.confidence = np.where(fresh, state.seen.confidence, self.confidence)
 
@@ -164,25 +162,27 @@ class D2Cache(CachePolicy):
 
     def _prior(self, state: State) -> tuple[NDArray[np.float64], Bools]:
         """Stage 1 (section 3.2): score of every position, and M*."""
-        score = self.confidence * densities(state, state.known, self.config.sigma)
-        search = state.masked
+        score, search = self.confidence * densities(state, state.known, self.config.sigma), state.masked
         if self.config.search != "all":
             block = self.block & self.masked if self.config.search == "released" else state.block
             top = score[self.ran].max() if self.config.couple_batch else score.max(1, keepdims=True)
             score = score + block * top
             search = search & self._search(state, block)
         prior = highest(score, search, self.config.current_k)
-        missed = state.window & ~(prior & state.window).any(1, keepdims=True)
+        missed = ~(prior & state.window).any(1, keepdims=True)
         if missed.any():  # nothing that may be committed would be predicted, and the run would stop here
-            prior = prior | highest(score, missed, self.config.current_k)
+            prior = prior | highest(score, state.window & missed, self.config.current_k)
         return score, prior
 
     def _search(self, state: State, block: Bools) -> Bools:
         """From the first position of `block` over `current_k` masks, up to a multiple of its size."""
-        begin, size, place = state.gen_start, np.maximum(block.sum(1), 1), np.arange(state.slots)
-        reach = np.minimum(nth(state.masked, self.config.current_k, state.slots), state.lengths - 1)
-        end = begin + ((reach - begin) // size + 1) * size
-        search: Bools = (place >= first(block, begin)[:, None]) & (place < end[:, None])
+        search: Bools = np.zeros(block.shape, dtype=bool)
+        for b, (begin, length) in enumerate(zip(state.gen_start.tolist(), state.lengths.tolist(), strict=True)):
+            masks = state.masked[b].nonzero()[0][: self.config.current_k]
+            last = int(masks[-1]) if len(masks) == self.config.current_k else length - 1
+            left = block[b].nonzero()[0]  # nothing, in a sequence that is finished
+            size, start = (len(left), int(left[0])) if len(left) else (1, begin)
+            search[b, start : begin + ((last - begin) // size + 1) * size] = True
         return search
 
     def _nucleus(self, importance: NDArray[np.float64], free: Bools) -> Bools:

@@ -93,7 +93,8 @@ class ElasticCache(CachePolicy):
         tracked, window = self._tracked(state), self._window(state)
         rows = tracked | state.changed | window
         begins = state.step == 0
-        tracked[begins], rows[begins] = False, True
+        if begins.any():
+            tracked[begins], rows[begins] = False, True
         return Plan(rows, "reuse", sets={"tracked": tracked, "window": window}, flags=self._excluded(state))
 
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +138,10 @@ class ElasticCache(CachePolicy):
         similarity = seen.reports.get("similarity")  # (layers, batch); NaN without tracked rows: not below gamma
         if similarity is None:
             return None
-        drifted = (similarity < np.float32(self.config.gamma)) & state.active & plan.sets["tracked"].any(1)
+        drifted = similarity < np.float32(self.config.gamma)
+        if not drifted.any():  # which is the rule
+            return None
+        drifted = drifted & state.active & plan.sets["tracked"].any(1)
         if not drifted.any():
             return None
         start = np.where(drifted.any(0), drifted.argmax(0) + 1, layers)

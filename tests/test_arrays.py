@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dcache.arrays import Bools, first, leftmost, nth, positions
+from dcache.arrays import Bools, first, leftmost, positions
 from dcache.density import _gaussian, certainty_density
 
 masks = st.tuples(st.integers(1, 3), st.integers(1, 12)).flatmap(lambda shape: arrays(np.bool_, shape))
@@ -15,12 +15,6 @@ masks = st.tuples(st.integers(1, 3), st.integers(1, 12)).flatmap(lambda shape: a
 @given(mask=masks, n=st.integers(0, 13))
 def test_leftmost_keeps_the_first_entries_of_each_row(mask: Bools, n: int) -> None:
     assert (leftmost(mask, n) == (mask & (mask.cumsum(1) <= n))).all()
-
-
-@given(mask=masks, n=st.integers(1, 13))
-def test_nth_finds_the_last_of_the_leftmost(mask: Bools, n: int) -> None:
-    expected = [row.nonzero()[0][n - 1] if row.sum() >= n else 99 for row in mask]
-    assert nth(mask, n, 99).tolist() == expected
 
 
 @given(mask=masks)

@@ -91,14 +91,14 @@ def stage(model: Model, ids: Sequence[int], image: Image) -> Stages:
     times.append(now(model.device))
     keys = vision.keys([tiles])
     times.append(now(model.device))
-    seen = vision.tower_rows(tiles.pixels)
+    seen = vision.tower_rows(tiles.pixels(vision.newline.device))
     times.append(now(model.device))
     projected = vision.projector(seen)
     times.append(now(model.device))
     rows = vision.merge(projected, tiles)
     prompt_of(vision.splice(places(ids, 1), [rows]), keys)
     times.append(now(model.device))
-    return Stages([(b - a) * 1e3 for a, b in pairwise(times)], len(tiles.pixels), len(rows))
+    return Stages([(b - a) * 1e3 for a, b in pairwise(times)], len(tiles.raw), len(rows))
 
 
 def now(device: torch.device) -> float:

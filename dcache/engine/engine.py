@@ -7,7 +7,7 @@ once per key and replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -120,6 +120,55 @@ class Count:
     calls: Ints
     passes: int = 0
     maps: dict[str, Bools] = field(default_factory=dict)
+
+
+class Ahead:
+    """What forward calls in `begin` computed, to be counted with the first step.
+
+    The network calls it, and it does not know the engine: one that did would live on until garbage is collected, and
+    its stores with it.
+
+    Args:
+        shape: layers, sequences, regions.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.shape, self.count = shape, self._nothing(shape)
+
+    @staticmethod
+    def _nothing(shape: tuple[int, int, int]) -> Count:
+        rows, kv_rows = (np.zeros(shape, dtype=np.int64) for _ in range(2))
+        return Count(rows, kv_rows, np.zeros(shape, dtype=np.bool_), np.zeros(shape[1], dtype=np.int64))
+
+    def add(self, b: int, rows: Ints) -> None:
+        """Count a call of so many `rows` (regions,) for sequence `b`; its last layer runs no query."""
+        self.count.rows[:-1, b] += rows
+        self.count.kv_rows[:, b] += rows
+        self.count.calls[b] += 1
+
+    def take(self) -> Count:
+        """The count to which a step adds its own; the next step begins with none."""
+        found, self.count = self.count, self._nothing(self.shape)
+        return found
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where the results of a pass go, made ready while it runs.
+
+    Attributes:
+        at: (lanes, w) int64 places of the read positions in a flattened table.
+        tables: (batch, slots + 1), the last column for the dump slot, by result.
+    """
+
+    at: Ints
+    tables: dict[str, np.ndarray]
+
+    def spread(self, name: str, out: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(batch, slots): a result (lanes, w), by position."""
+        table = self.tables[name]
+        table.put(self.at, out[name])
+        return table[:, :-1]
 
 
 def within_memory(method: Callable[Concatenate[Engine, P], T]) -> Callable[Concatenate[Engine, P], T]:
@@ -243,8 +292,8 @@ class Engine:
         table = (state.batch, state.slots + 1)  # the last one for the dump slot
         self._unseen: dict[str, np.ndarray] = {name: np.full(table, *blank) for name, blank in UNSEEN.items()}
         self.network.on_preload(self.checks.preloaded)
-        self._ahead = self._nothing()
-        self.network.on_alone(self._account_alone)
+        self._ahead = Ahead((len(self.layers), state.batch, len(REGIONS)))
+        self.network.on_alone(self._ahead.add)
         self.network.asked()
         self.policy.begin(self.network, state)
         self.buffers = self.network.asked()
@@ -310,24 +359,12 @@ class Engine:
     @within_memory
     def run(self, plan: Plan, ask: Ask) -> Seen:
         """The pass of a step; one sync."""
-        self._count, self._ahead = self._ahead, self._nothing()
         return self._run(plan, ask, None)
 
     @within_memory
     def rerun(self, plan: Plan, ask: Ask, seen: Seen) -> Seen:
         """The second pass of a reviewed step: what the first found for other rows and layers stays."""
         return self._run(plan, ask, seen)
-
-    def _nothing(self) -> Count:
-        shape = (len(self.layers), self.state.batch, len(REGIONS))
-        rows, kv_rows = (np.zeros(shape, dtype=np.int64) for _ in range(2))
-        return Count(rows, kv_rows, np.zeros(shape, dtype=np.bool_), np.zeros(self.state.batch, dtype=np.int64))
-
-    def _account_alone(self, b: int, rows: Ints) -> None:
-        """Count a forward call of so many `rows` (regions,) for sequence `b`; its last layer runs no query."""
-        self._ahead.rows[:-1, b] += rows
-        self._ahead.kv_rows[:, b] += rows
-        self._ahead.calls[b] += 1
 
     @torch.inference_mode()
     def _run(self, plan: Plan, ask: Ask, before: Seen | None) -> Seen:
@@ -359,15 +396,32 @@ class Engine:
                 self.executor.record(key, lambda: self._deliver(prepared, self._forward(prepared, second)))
                 self.recording += perf_counter() - began
             self.executor(key, lambda: self._deliver(prepared, self._forward(prepared, second)))
-        prepared.outputs.download(lambda: self._while_it_runs(plan, ask, second))
-        return self._seen(prepared, arrays, before)
+        landing: list[Landing] = []
+
+        def while_it_runs() -> None:
+            landing.append(self._landing(arrays, before))
+            self._while_it_runs(plan, ask, second)
+
+        prepared.outputs.download(while_it_runs)
+        return self._seen(prepared, arrays, before, *landing)
 
     def _while_it_runs(self, plan: Plan, ask: Ask, second: bool) -> None:
         """Checks whose failure stops the run before anybody reads a result, and what earlier steps put off."""
         self.catch_up()
         if not second:
+            self._count = self._ahead.take()
             self.checks.progress(ask)
         self.checks.keys(plan, ask)
+
+    def _landing(self, arrays: dict[str, np.ndarray], before: Seen | None) -> Landing:
+        """Tables for the results of a pass; sequences that sit a second pass out keep what the first found."""
+        lanes = arrays["lanes"]
+        tables = {name: blank.copy() for name, blank in self._unseen.items()}
+        if before is not None:
+            for name, table in tables.items():
+                table[:, :-1] = before.taken if name == "commit" else getattr(before, name)
+                table[lanes] = self._unseen[name][lanes]
+        return Landing(arrays["where"] + lanes[:, None] * (self.state.slots + 1), tables)
 
     def _prepare(self, plan: Plan, arrays: dict[str, np.ndarray]) -> Prepared:
         fields = [(name, tuple(value.shape), value.dtype) for name, value in arrays.items()]
@@ -526,7 +580,7 @@ class Engine:
 
     # -- device to host -------------------------------------------------------------------------------------------
 
-    def _seen(self, prepared: Prepared, arrays: dict[str, np.ndarray], before: Seen | None) -> Seen:
+    def _seen(self, prepared: Prepared, arrays: dict[str, np.ndarray], before: Seen | None, landing: Landing) -> Seen:
         assert prepared.outputs is not None
         out, state, where, lanes = prepared.outputs.host, self.state, arrays["where"], arrays["lanes"]
         if out["bad"].any():
@@ -543,21 +597,11 @@ class Engine:
         found = {name: out[name].copy() for name in books.counted(self.maps)}
         self.later(lambda: arrays, partial(self._account, self._count, books, found))
 
-        at = (where + lanes[:, None] * (state.slots + 1)).ravel()  # of flattened tables with a dump slot
-
-        def spread(name: str) -> np.ndarray:
-            table: np.ndarray = self._unseen[name].copy()
-            if before is not None:  # sequences that sit the second pass out keep what the first found
-                table[:, :-1] = before.taken if name == "commit" else getattr(before, name)
-                table[lanes] = self._unseen[name][lanes]
-            table.reshape(-1)[at] = out[name].ravel()
-            return table[:, :-1]
-
         return Seen(
-            tokens=spread("tokens"),
-            taken=spread("commit"),
-            confidence=spread("confidence"),
-            remask=spread("remask"),
+            tokens=landing.spread("tokens", out),
+            taken=landing.spread("commit", out),
+            confidence=landing.spread("confidence", out),
+            remask=landing.spread("remask", out),
             reports=self._reports(books, out, lanes, before),
         )
 

@@ -36,7 +36,7 @@ class Inputs:
         lanes = self.lanes(part)
         # if every sequence has a lane, which is the rule at batch 1, no array is copied
         by_lane: slice | Ints = slice(None) if len(lanes) == state.batch else lanes
-        present = (state.valid & part[:, None])[by_lane]
+        present = state.valid if lanes is self._everyone else (state.valid & part[:, None])[by_lane]
         read = self._read(plan, ask)
         where = self._positions(read[by_lane], least=1)
         only_window = read is ask.window

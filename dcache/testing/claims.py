@@ -23,7 +23,19 @@ from dcache.state import State
 from dcache.testing.golden.base import Watched
 from dcache.testing.inner import Inner
 from dcache.testing.recorder import Recorder
-from dcache.testing.runs import Canvas, Maker, Refused, Run, changed, commits, policy_of, refusal, same_decisions, where
+from dcache.testing.runs import (
+    Canvas,
+    Maker,
+    Refused,
+    Run,
+    changed,
+    commits,
+    policy_of,
+    refusal,
+    same_decisions,
+    starts,
+    where,
+)
 from dcache.testing.subject import Exact, Subject, maker_text
 from dcache.testing.watch import watched
 from dcache.trace import Trace
@@ -136,8 +148,8 @@ def _against_the_plain_forward(exact: Exact, canvas: Canvas) -> None:
     plan = run.policy.plan
 
     def planning(state: State) -> Plan:
-        tokens, valid = torch.from_numpy(state.tokens), torch.from_numpy(state.valid)
-        expected.append(canvas.model(tokens, valid=valid))
+        h, valid = starts(canvas.model, state), torch.from_numpy(state.valid)
+        expected.append(canvas.model(embeddings=h, valid=valid))
         return plan(state)
 
     vars(run.policy)["plan"] = planning
@@ -165,14 +177,18 @@ def a_batch_decodes_each_sequence_as_if_it_were_alone(subject: Subject, canvas: 
     """Commits, rows and accounts of a ragged batch equal those of single runs."""
     together = plain(subject.policy, canvas)
     for b in each(together) if together.state.batch > 1 else ():
-        alone = Run(subject.policy, canvas, only=b).go()
-        same_decisions(together, b, alone, 0, "the same sequence alone")
-        for n, (rows, want) in enumerate(zip(together.rows(b), alone.rows(0), strict=False)):
-            assert rows == want, f"step {n}, sequence {b}: computes rows {rows}, expected {want} (the sequence alone)"
-        mine, own = (Trace(r.trace, i, 0, 0) for r, i in ((together, b), (alone, 0)))
-        found, expected = ((t.row_layers, t.kv_row_layers, t.nfe, t.regions) for t in (mine, own))
-        told = "(row-layers, K/V row-layers, forward calls, and these by region)"
-        assert found == expected, f"sequence {b}: {told} are {found}, expected {expected} (the sequence alone)"
+        as_alone(together, b, Run(subject.policy, canvas, only=b).go())
+
+
+def as_alone(together: Run, b: int, alone: Run) -> None:
+    """Assert that sequence `b` of a batch did what it does in a batch of its own."""
+    same_decisions(together, b, alone, 0, "the same sequence alone")
+    for n, (rows, want) in enumerate(zip(together.rows(b), alone.rows(0), strict=False)):
+        assert rows == want, f"step {n}, sequence {b}: computes rows {rows}, expected {want} (the sequence alone)"
+    mine, own = (Trace(r.trace, i, 0, 0) for r, i in ((together, b), (alone, 0)))
+    found, expected = ((t.row_layers, t.kv_row_layers, t.nfe, t.regions) for t in (mine, own))
+    told = "(row-layers, K/V row-layers, forward calls, and these by region)"
+    assert found == expected, f"sequence {b}: {told} are {found}, expected {expected} (the sequence alone)"
 
 
 def in_a_batch_as_alone(subject: Subject, canvas: Canvas) -> None:
@@ -208,6 +224,55 @@ def remasked_rows_are_decoded_again(subject: Subject, canvas: Canvas) -> None:
     assert not run.state.masked.any(), f"positions {where(np.asarray(run.state.masked.any(0)))} are still masked"
     a_committed_row_never_changes(subject, canvas)
     in_a_batch_as_alone(subject, canvas)
+
+
+# -- prompts with embeddings ------------------------------------------------------------------------------------------
+
+
+@claim()
+def every_row_starts_from_its_token_or_its_embedding(subject: Subject, canvas: Canvas) -> None:
+    """What enters layer 0: that of the token, and where the prompt of the sequence has one, its embedding."""
+    no_faults(watched(subject, canvas).faults["starts"])
+
+
+@claim(share=0.3)
+def embeddings_of_tokens_decode_as_the_tokens(subject: Subject, canvas: Canvas) -> None:
+    """The ids that stand in for rows with embeddings decide nothing."""
+    has_embeddings(canvas)
+    run = Run(subject.policy, canvas)
+    run.state = canvas.spelled()
+    same_runs(run.go(), plain(subject.policy, changed(canvas, {"spans": ()})), "the same prompts as tokens")
+
+
+@claim(share=0.15, needs=lambda s: s.reason_not(a_batch_decodes_each_sequence_as_if_it_were_alone.__name__))
+def embeddings_that_come_again_decode_in_a_batch_as_alone(subject: Subject, canvas: Canvas) -> None:
+    """What a policy keeps of them from another request is what a request of that sequence alone leaves."""
+    has_embeddings(canvas)
+    canvas, n = apart(canvas), len(canvas.lengths)
+
+    def second(first: int | None, only: int | None) -> Run:
+        policy = policy_of(subject.policy)
+        Run(lambda: policy, canvas, only=first).again(draw=1, known=True)
+        return Run(lambda: policy, canvas, only=only).go()
+
+    together, fresh = second(None, None), plain(subject.policy, canvas)
+    if all(np.array_equal(a.confidence, b.confidence) for a, b in zip(together.trace, fresh.trace, strict=False)):
+        return  # nothing was kept: the claims above say the rest
+    for b in each(together):
+        as_alone(together, b, second((b - 1) % n, b))  # in the first request the sequence before it has its embeddings
+
+
+def apart(canvas: Canvas) -> Canvas:
+    """The canvas, no two sequences of which share embeddings."""
+    n = len(canvas.lengths)
+    spans = [tuple((start, stop, number * n + b) for start, stop, number in own) for b, own in enumerate(canvas.spans)]
+    return changed(canvas, {"spans": tuple(spans)})
+
+
+def has_embeddings(canvas: Canvas) -> None:
+    """Raise `Refused` for a canvas of tokens alone."""
+    if not canvas.state().embedded.any():
+        raise Refused("no prompt has embeddings")
 
 
 # -- what is stored ---------------------------------------------------------------------------------------------------
@@ -256,8 +321,12 @@ def every_byte_is_reported_and_returned(subject: Subject, canvas: Canvas) -> Non
         asked = {"K", "V", *run.policy.stores(model.spec), *(f"buffer {name}" for name in run.engine.buffers)}
         asked |= {"positions"} if run.engine.stores.capacity is not None else set()
         assert set(held) == asked, f"the stores are {sorted(held)}, asked for were {sorted(asked)}"
+        if run.state.embedded.any():
+            run.again(
+                known=True
+            )  # what a policy keeps of them may save rows, and passes over fewer have their own buffers
         once = sum(x.nbytes for x in tensors())
-        run.again()
+        run.again(known=True)
         twice = sum(x.nbytes for x in tensors())
         assert twice <= once, f"after the same batch once more {twice} bytes are held, {once} after the first time"
         del run
@@ -382,7 +451,7 @@ def the_same_seed_gives_the_same_run(subject: Subject, canvas: Canvas) -> None:
 
 @claim(share=0.5)
 def a_second_run_on_the_same_engine_is_the_first_again(subject: Subject, canvas: Canvas) -> None:
-    """With another batch of the same shape between them: nothing survives."""
+    """With another batch of the same shape between them: nothing survives but what is known again by its embeddings."""
     run = Run(subject.policy, canvas).go().again(draw=1).again()
     same_runs(run, plain(subject.policy, canvas), "the first run on a fresh engine")
 

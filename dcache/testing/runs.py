@@ -5,14 +5,16 @@ Everything is float32 on small random models whose decisions spread, with every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from dcache.arrays import Bools
+from dcache.arrays import Bools, Ints
 from dcache.calls import parse_call
 from dcache.decode import decode
 from dcache.engine import Engine
@@ -20,7 +22,7 @@ from dcache.errors import UsageError
 from dcache.models.transformer import Transformer
 from dcache.plugins import make_policy, make_unmasker, plugins
 from dcache.policy import CachePolicy
-from dcache.state import State
+from dcache.state import Embeddings, Span, State
 from dcache.testing.models import random_model
 from dcache.testing.unmaskers import Pausing, Remasking
 from dcache.trace import Step
@@ -35,7 +37,7 @@ TIED = 1e-5  # confidences closer than this may be ordered either way
 
 
 class Refused(Exception):
-    """A policy or an unmasker said before the first pass that it does not run on a canvas."""
+    """Policy or unmasker said before the first pass that they do not run on a canvas, or a claim needs another one."""
 
 
 def unmaskers() -> tuple[str, ...]:
@@ -58,6 +60,8 @@ class Canvas:
         shift: positions are predicted by the row this far to the left (1 in Dream).
         n_layers: of the model.
         lengths: prompt tokens and masked rows of each sequence.
+        spans: of each sequence, prompt rows that start from embeddings: start, stop, and a number that says which
+            embeddings, the same for the same. Ascending; cut where the prompt ends. () for prompts of tokens alone.
         block_length: rows of a semi-autoregressive block; None makes the generation one block.
         unmask: which rows are committed: an installed unmasker, or ``pausing`` or ``remasking``.
         after_end: what happens behind an end of the text, see `Sampling`.
@@ -72,6 +76,7 @@ class Canvas:
     unmask: str = "low-confidence"
     after_end: str = "decode"
     temperature: float = 0.0
+    spans: tuple[tuple[tuple[int, int, int], ...], ...] = ()
 
     def __str__(self) -> str:
         """In plain words."""
@@ -81,6 +86,7 @@ class Canvas:
         told = f"random model {self.seed} with {layers} and a logit shift of {self.shift}; "
         told += f"{n} sequence{'s' * (n != 1)} of {sizes} (prompt + masked) rows; "
         told += "one block" if self.block_length is None else f"blocks of {self.block_length}"
+        told += "".join(f"; {rows} start from embeddings" for rows in self._told_spans())
         told += f"; unmasker {self.unmask}"
         told += f"; temperature {self.temperature:g}" if self.temperature else ""
         return told + (f"; rows behind an end of the text: {self.after_end}" if self.after_end != "decode" else "")
@@ -95,20 +101,83 @@ class Canvas:
         """The random model."""
         return model_of(self.seed, self.n_layers, self.shift)
 
-    def state(self, only: int | None = None, draw: int = 0) -> State:
-        """The canvas before the first step, whole or one sequence of it; `draw` numbers other prompts of its shape."""
-        spec = self.model.spec
-        random = np.random.default_rng([self.seed, draw])
-        prompts = [random.integers(0, spec.vocab_size - 2, size=n).tolist() for n, _ in self.lengths]
-        which = range(len(prompts)) if only is None else [only]
+    def state(self, only: int | None = None, draw: int = 0, request: int = 0) -> State:
+        """The canvas before the first step.
+
+        Args:
+            only: one sequence, as a batch of its own.
+            draw: number of other prompts of its shape; each sequence then has the embeddings of the one `draw` further
+                on, and other tokens around them.
+            request: embeddings are known again within a request, and not by another one.
+        """
+        which = range(len(self.lengths)) if only is None else [only]
+        prompts, given = self._prompts(draw), [self._embeddings(b, draw, request) for b in which]
+        return self._state(which, [prompts[b] for b in which], given)
+
+    def spelled(self) -> State:
+        """The canvas whose `spans` have the embeddings of its own tokens, and in their places ids that no prompt has.
+
+        Without `spans` the same canvas has these tokens themselves.
+        """
+        spec, prompts = self.model.spec, self._prompts(0)
+        given: list[Embeddings | None] = []
+        for b, prompt in enumerate(prompts):
+            spans = [Span(start, stop, f"tokens of {b} from {start}") for start, stop, _ in self._placed(b)]
+            where = _rows(spans)
+            given.append(Embeddings(where, self.model.embed(torch.tensor(prompt)[where]), tuple(spans)))
+            for p in where.tolist():
+                prompt[p] = (spec.eos_id, spec.mask_id)[p % 2]
+        return self._state(range(len(prompts)), prompts, given)
+
+    def _state(self, which: Sequence[int], prompts: list[list[int]], given: list[Embeddings | None]) -> State:
         rows = [self.lengths[b][1] for b in which]
-        return State(spec, [prompts[b] for b in which], rows, self.block_length, ids=list(which))
+        return State(self.model.spec, prompts, rows, self.block_length, ids=list(which), embeddings=given)
+
+    def _prompts(self, draw: int) -> list[list[int]]:
+        random = np.random.default_rng([self.seed, draw])
+        return [random.integers(0, self.model.spec.vocab_size - 2, size=n).tolist() for n, _ in self.lengths]
+
+    def _placed(self, b: int, draw: int = 0) -> list[tuple[int, int, int]]:
+        """The spans of a sequence, as far as its prompt has room for them."""
+        end, of = self.lengths[b][0], (b + draw) % len(self.lengths)
+        spans = self.spans[of] if of < len(self.spans) else ()
+        return [(start, min(stop, end), number) for start, stop, number in spans if start < end]
+
+    def _embeddings(self, b: int, draw: int, request: int) -> Embeddings | None:
+        """Random ones, about as large as those of tokens; what is cut to another length has another key."""
+        if not (placed := self._placed(b, draw)):
+            return None
+        shapes = [(number, stop - start) for start, stop, number in placed]
+        values = [np.random.default_rng(shape).standard_normal((shape[1], self.model.spec.d_model)) for shape in shapes]
+        keys = [f"{number} of {n} rows, request {request}" for number, n in shapes]
+        spans = tuple(Span(start, stop, key) for (start, stop, _), key in zip(placed, keys, strict=True))
+        return Embeddings(_rows(spans), torch.from_numpy(np.concatenate(values)).to(torch.float32), spans)
+
+    def _told_spans(self) -> Iterator[str]:
+        for b in range(len(self.lengths)):
+            if placed := self._placed(b):
+                rows = ", ".join(f"{start}-{stop - 1} (number {number})" for start, stop, number in placed)
+                yield f"rows {rows} of sequence {b}"
 
     def unmasker(self) -> Unmasker:
         """A fresh unmasker."""
         return unmasker_of(self.unmask, Sampling.model_validate(
             {"seed": self.seed, "after_end": self.after_end, "temperature": self.temperature}
         ))  # fmt: skip
+
+
+def _rows(spans: Iterable[Span]) -> Ints:
+    """Positions of spans, in their order."""
+    return np.array([p for span in spans for p in range(span.start, span.stop)], dtype=np.int64)
+
+
+def starts(model: Transformer, state: State) -> Tensor:
+    """What every row starts from, (batch, slots, d_model): the embedding of its token, or that of its prompt."""
+    h = model.embed(torch.from_numpy(state.tokens))
+    for b, given in enumerate(state.embeddings):
+        if given is not None:
+            h[b, given.positions] = given.values
+    return h
 
 
 def unmasker_of(text: str, sampling: Sampling | None = None) -> Unmasker:
@@ -158,6 +227,7 @@ class Run:
         self.engine = Engine(canvas.model, self.policy, self.unmasker, **options)
         self.state = canvas.state(only)
         self.trace: list[Step] = []
+        self.request = 0
 
     def go(self) -> Run:
         """Decode it."""
@@ -167,9 +237,16 @@ class Run:
             raise Refused(str(error)) from error
         return self
 
-    def again(self, draw: int = 0) -> Run:
-        """Decode once more on the same engine, from the beginning; with other prompts if `draw` is not 0."""
-        self.state = self.canvas.state(self.only, draw)
+    def again(self, draw: int = 0, known: bool = False) -> Run:
+        """Decode once more on the same engine, from the beginning.
+
+        Args:
+            draw: with other prompts, if it is not 0.
+            known: whether the embeddings of the prompts have the keys of the run before. Otherwise they have new ones,
+                so that a policy which keeps something under such keys finds nothing of it.
+        """
+        self.request += not known
+        self.state = self.canvas.state(self.only, draw, self.request)
         return self.go()
 
     def steps(self, b: int) -> Iterator[Step]:

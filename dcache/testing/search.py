@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from time import monotonic
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -23,6 +23,9 @@ try:
 except ImportError as error:
     raise UsageError("the conformance kit draws its examples with hypothesis; pip install 'dcache[test]'") from error
 
+Drawn: TypeAlias = Sequence[tuple[int, int, int]]  # per span: rows between the last one and it, its rows, its number
+
+MOST = 6  # sequences of a canvas
 SHRINK_S = 20.0  # seconds after the first failure within which a smaller one is looked for
 
 
@@ -63,21 +66,40 @@ class Verdict:
 
 
 def canvases(pairs: Sequence[tuple[int, str]]) -> st.SearchStrategy[Canvas]:
-    """Canvases of 1 to 6 prompts of 1 to 40 tokens with different numbers of masked rows.
+    """Canvases of 1 to 6 prompts of 1 to 40 tokens with different numbers of masked rows, many of them with embeddings.
 
     Args:
         pairs: the logit shifts and unmaskers to choose from.
     """
-    lengths = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([4, 8, 12])), min_size=1, max_size=6)
+    lengths = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([4, 8, 12])), min_size=1, max_size=MOST)
+    spans = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6), st.integers(0, 2)), max_size=2)
+
+    def canvas(pair: tuple[int, str], lengths: list[tuple[int, int]], spans: Sequence[Drawn], **rest: Any) -> Canvas:
+        placed = tuple(place(drawn, n) for drawn, (n, _) in zip(spans, lengths, strict=False))
+        spans = placed if any(placed) else ()
+        return Canvas(shift=pair[0], unmask=pair[1], lengths=tuple(lengths), spans=spans, **rest)
+
     return st.builds(
-        lambda pair, lengths, **rest: Canvas(shift=pair[0], unmask=pair[1], lengths=tuple(lengths), **rest),
+        canvas,
         pair=st.sampled_from(pairs),
         lengths=lengths,
         seed=st.integers(0, 2),
         block_length=st.sampled_from([None, 4]),
         after_end=st.sampled_from(["decode", "drop", "drop-once"]),
+        spans=st.just(()) | st.tuples(*[spans] * MOST),
         temperature=st.sampled_from([0.0, 0.7]),
     )
+
+
+def place(drawn: Drawn, end: int) -> tuple[tuple[int, int, int], ...]:
+    """The `Canvas.spans` of a prompt of `end` tokens, cut where it ends."""
+    spans, at = [], 0
+    for gap, size, number in drawn:
+        at += gap
+        if at < end:
+            spans.append((at, min(at + size, end), number))
+        at += size
+    return tuple(spans)
 
 
 class Trial:

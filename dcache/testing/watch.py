@@ -25,7 +25,7 @@ from dcache.errors import NumericsError
 from dcache.kernels.rows import put, take
 from dcache.policy import Plan
 from dcache.regions import REGIONS
-from dcache.testing.runs import Canvas, Run
+from dcache.testing.runs import Canvas, Run, starts
 from dcache.testing.subject import Subject
 
 BUCKETS = (4, 16, 64)  # row lists are padded, so that padding which is not one shows
@@ -74,8 +74,8 @@ class Watch:
     Attributes:
         faults: what was found, by the claim that it breaks; each a sentence with step, sequence and position.
         kept: keys and values that some pass reused, counted apart.
-        embedded: per step, (batch, slots) bool: rows whose key and value layer 0 wrote. There they depend on the token
-            alone.
+        embedded: per step, (batch, slots) bool: rows whose key and value layer 0 wrote. There they depend alone on what
+            the row starts from.
     """
 
     def __init__(self, run: Run):
@@ -285,6 +285,8 @@ class Watch:
     def _in_layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         self._here = []
         shown = None if at.visible is None else at.visible.clone()
+        if at.index == 0:
+            self._starts(at, rows, h)
         with self._attention:
             stream = self._layer(at, rows, h)
         if self._attention.found:
@@ -309,6 +311,18 @@ class Watch:
                 "buffer of your own, which the next plan hands over",
             )
         return stream
+
+    def _starts(self, at: Layer, rows: Tensor, h: Tensor) -> None:
+        """What rows enter layer 0 with, against their tokens and the embeddings of their prompts."""
+        expected = starts(self.run.canvas.model, self.run.state)[at.lanes[:, None], rows.clamp_max(at.dump - 1)]
+        for lane, i in ((h != expected).any(-1) & (rows < at.dump)).nonzero()[:1].tolist():
+            b, p = int(at.lanes[lane]), int(rows[lane, i])
+            given = "the embedding of its prompt" if self.run.state.embedded[b, p] else "that of its token"
+            self.note(
+                "starts",
+                f"{self._step_text}, sequence {b}, position {p}: layer 0 starts from {_told(h[lane, i])}, {given} is "
+                f"{_told(expected[lane, i])}",
+            )
 
     def _sees(self, at: Layer) -> None:
         """Every key that a live sequence attends to is there, and so is its value: what nobody wrote is NaN."""
@@ -335,8 +349,8 @@ class Watch:
         for lane, i in (off.any(-1).any(1) & (rows < at.dump)).nonzero()[:1].tolist():
             found, want = at.stored(name, rows)[lane, :, i].flatten(), expected[lane, :, i].flatten()
             place = f"{self._step_text}, sequence {int(at.lanes[lane])}, position {int(rows[lane, i])}"
-            told = f"{place}: {name} of layer {at.index} is [{found[0]:.4f}, {found[1]:.4f}, ...], "
-            told += f"a fresh projection of the layer's input is [{want[0]:.4f}, {want[1]:.4f}, ...]"
+            told = f"{place}: {name} of layer {at.index} is {_told(found)}, "
+            told += f"a fresh projection of the layer's input is {_told(want)}"
             self.note("fresh", told)
 
     def _real(self, at: Layer, rows: Tensor) -> list[tuple[int, np.ndarray]]:
@@ -357,6 +371,11 @@ class Watch:
         for b, mine in real:
             np.add.at(self._counted[name][at.index, b], mine, 1)
         return real
+
+
+def _told(x: Tensor) -> str:
+    """The beginning of a vector."""
+    return f"[{x[0]:.4f}, {x[1]:.4f}, ...]"
 
 
 def _mark(table: np.ndarray, at: Layer, real: list[tuple[int, np.ndarray]]) -> None:

@@ -251,6 +251,8 @@ class Unmasker(ABC):
             return drop
         if self._ended is None:
             self._ended = np.zeros(state.batch, dtype=bool)
+        if not set(state.spec.end_ids).intersection(seen.tokens[commit].tolist()):  # which is the rule
+            return drop
         end = first(commit & np.isin(seen.tokens, state.spec.end_ids), -1)
         behind = (np.arange(state.slots) > end[:, None]) & (end >= 0)[:, None]
         if self.sampling.after_end == "drop-once":

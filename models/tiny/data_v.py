@@ -93,7 +93,8 @@ def scene_canvas(
     text = [*prompt[:at], *prompt[at + 1 :]]
     solution = tokenizer.encode(scene.solution, add_special_tokens=False).ids
     response = [*solution, special_id(tokenizer, layout.turn_end)]
-    return filled(text, response, special_id(tokenizer, layout.eos), Scenes.gen_length), len(text), at
+    # Filled with ends of a turn: published decoding never predicts end-of-text, and rows behind need a sure token.
+    return filled(text, response, special_id(tokenizer, layout.turn_end), Scenes.gen_length), len(text), at
 
 
 class Painter:

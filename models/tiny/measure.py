@@ -52,6 +52,7 @@ def decode(
         open_rows = (tokens == model.spec.mask_id) & (place >= 0) & (place < end)
         embeddings = model.embed(tokens).masked_scatter(is_image[..., None], rows)
         logits = model(embeddings=embeddings, valid=valid)[:, row_of]
+        logits[..., list(model.spec.forbidden)] = -torch.inf
         confidence, best = logits.softmax(-1).max(-1)
         picks = confidence.masked_fill(~open_rows, -1).topk(per_step, dim=1).indices
         tokens.scatter_(1, picks, best.gather(1, picks))

@@ -91,7 +91,7 @@ def test_every_line_of_e2e_has_the_images_of_its_sequences_encoded_once(model, m
     lines = shown(model, tasks(["none", "dkv"], settings))
     states = [line.state(model.spec) for line in lines]
     assert len(encoded) == 2 * 2
-    assert {len(tiles.pixels) for tiles in encoded} == {1}
+    assert {len(tiles.raw) for tiles in encoded} == {1}
     rows = 2 * (model.vision.spec.side**2 + 1)
     assert [line.image_rows for line in lines] == [rows] * 4
     assert [line.canvas for line in lines] == [6 + rows + 4] * 4

@@ -1,5 +1,6 @@
 """What a batch needs is counted exactly where it can be, and an error says what would fit."""
 
+import gc
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -174,3 +175,20 @@ def test_stores_are_freed_before_those_of_another_shape_are_made(monkeypatch: py
     with pytest.raises(MemoryLimitError):
         engine.begin(State(MODEL.spec, [[1]], 30))
     assert old() is None
+
+
+@pytest.mark.parametrize(
+    "policy", ["none", "elastic", "d2", "spa", "dllm-cache", "vlcache", "sparse-dllm(compact=true)"]
+)
+def test_an_engine_goes_with_its_last_reference(policy: str) -> None:
+    """Its stores would otherwise stay on the device until garbage is collected."""
+    gc.collect()
+    gc.disable()
+    try:
+        engine = Engine(random_model(1), make_policy(policy), make_unmasker("low-confidence"))
+        decode(engine, State(engine.model.spec, [[3, 1, 4]], 8, 4))
+        gone = [weakref.ref(thing) for thing in (engine, engine.stores, engine.network)]
+        del engine
+        assert [ref() for ref in gone] == [None] * 3
+    finally:
+        gc.enable()

@@ -57,7 +57,7 @@ def spliced(vision: Vision, io: dict[str, Tensor], prompt: str) -> Spliced:
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_pixels_of_the_tiles_equal_the_recorded_ones(vision: Vision, io: dict[str, Tensor], prompt: str) -> None:
     tiles = vision.tiles([open_image(io[f"{name}.rgb"].permute(2, 0, 1)) for name in PROMPTS[prompt]])
-    assert torch.equal(torch.cat([image.pixels for image in tiles]), io[f"{prompt}.pixel_values"])
+    assert torch.equal(torch.cat([image.pixels() for image in tiles]), io[f"{prompt}.pixel_values"])
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -70,7 +70,7 @@ def test_a_batch_is_painted_as_the_tower_is_given_each_image(training, layout, t
         image = open_image(Scenes().problem("train", i, 0).images[0])
         (tiles,) = training.vision.tiles([image])
         assert tiles.grid == (1, 1)
-        assert torch.equal(tiles.pixels, pixels[[i, i]])
+        assert torch.equal(tiles.pixels(), pixels[[i, i]])
 
 
 def test_every_thing_of_every_size_and_place_is_painted_as_in_the_task() -> None:
@@ -98,7 +98,7 @@ def test_a_canvas_is_the_prompt_of_the_checkpoint_then_the_solution_and_padding(
         assert tokens[:n_prompt] == [t for t, seen in zip(spliced.tokens, spliced.is_image, strict=True) if not seen]
         end = tokens.index(special_id(tokenizer, layout.turn_end), n_prompt)
         assert tokenizer.decode(tokens[n_prompt:end]) == problem.solution
-        assert set(tokens[end + 1 :]) == {special_id(tokenizer, layout.eos)}
+        assert set(tokens[end:]) == {special_id(tokenizer, layout.turn_end)}
         assert len(tokens) >= n_prompt + Scenes.gen_length
 
 
@@ -133,7 +133,7 @@ def test_the_rows_of_a_batch_of_images_are_those_of_each_alone(layout, tokenizer
     sizes = LLaDAVFormat(replace(TOWER, patch_size=patch))
     vision = Vision(sizes.vision_spec(SMALL, tokenizer)).init_random(1, std=0.2)
     images = [open_image(Scenes().problem("test", i, 0).images[0]) for i in range(3)]
-    pixels = torch.cat([vision.tiles([image])[0].pixels[:1] for image in images])
+    pixels = torch.cat([vision.tiles([image])[0].pixels()[:1] for image in images])
     side = 96 // patch
     together = image_rows(vision, patch_rows(vision, pixels))
     assert together.shape == (3, side * side + side * (side + 1), SMALL.d_model)

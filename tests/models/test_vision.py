@@ -167,7 +167,7 @@ def test_an_image_that_fills_its_canvas_is_cut_line_by_line(vision: Vision) -> N
     image = noise(36, 54)
     (tiles,) = vision.tiles([image])
     assert tiles.grid == (2, 3)
-    for n, pixels in enumerate(tiles.pixels[1:]):
+    for n, pixels in enumerate(tiles.pixels()[1:]):
         left, top = n % 2 * 18, n // 2 * 18
         part = np.array(image.crop((left, top, left + 18, top + 18)))
         torch.testing.assert_close(pixels, torch.from_numpy(part).permute(2, 0, 1) / 127.5 - 1, atol=1e-6, rtol=0)
@@ -175,11 +175,11 @@ def test_an_image_that_fills_its_canvas_is_cut_line_by_line(vision: Vision) -> N
 
 def test_several_images_get_one_tile_each_padded_to_a_square(vision: Vision) -> None:
     wide, high = vision.tiles([Image.new("RGB", (36, 18), (255, 0, 0)), Image.new("RGB", (18, 36), (255, 0, 0))])
-    assert (wide.grid, high.grid, wide.pixels.shape) == (None, None, (1, 3, 18, 18))
-    assert wide.pixels[0, 0, 9, 9] == 1
+    assert (wide.grid, high.grid, wide.pixels().shape) == (None, None, (1, 3, 18, 18))
+    assert wide.pixels()[0, 0, 9, 9] == 1
     grey = (torch.tensor(127.0) / 255 - 0.5) / 0.5
-    torch.testing.assert_close(wide.pixels[0, :, 0, 9], grey.expand(3))
-    torch.testing.assert_close(high.pixels[0, :, 9, 0], grey.expand(3))
+    torch.testing.assert_close(wide.pixels()[0, :, 0, 9], grey.expand(3))
+    torch.testing.assert_close(high.pixels()[0, :, 9, 0], grey.expand(3))
 
 
 # Merging
@@ -223,7 +223,7 @@ def test_an_image_of_any_size_gives_its_own_tile_and_lines_of_one_length(
     vision: Vision, width: int, height: int
 ) -> None:
     (tiles,) = vision.tiles([Image.new("RGB", (width, height))])
-    rows = vision.merge(torch.zeros(len(tiles.pixels), vision.spec.side**2, vision.spec.d_model), tiles)
+    rows = vision.merge(torch.zeros(len(tiles.raw), vision.spec.side**2, vision.spec.d_model), tiles)
     newlines = (rows == vision.newline).all(1).nonzero().flatten().tolist()
     assert newlines == sorted(newlines)
     assert len({b - a for a, b in pairwise([15, *newlines])}) <= 1

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dcache import CachePolicy, Filter, Plan, PolicyConfig, Seen, State
+from dcache.engine import Engine
 from dcache.engine import layer as engine_layer
 from dcache.engine.inputs import Inputs
 from dcache.engine.layer import Layer
@@ -23,6 +24,7 @@ from dcache.kernels.attend import attend
 from dcache.kernels.rows import take
 from dcache.kernels.select import lowest
 from dcache.plugins import make_policy
+from dcache.policies.vlcache import VLCache
 from dcache.testing import Canvas, Exact, Subject, hold, search
 from dcache.testing.claims import CLAIMS, plain
 from dcache.testing.watch import watched
@@ -79,6 +81,10 @@ SEED = "the_same_seed_gives_the_same_run"
 PLAIN = "the_exact_configuration_computes_what_the_plain_forward_computes"
 BOOKS = "accounting_equals_a_counting_hook"
 VISIBLE = "every_visible_key_has_been_written"
+SECOND = "a_second_run_on_the_same_engine_is_the_first_again"
+STARTS = "every_row_starts_from_its_token_or_its_embedding"
+TOKENS = "embeddings_of_tokens_decode_as_the_tokens"
+AGAIN = "embeddings_that_come_again_decode_in_a_batch_as_alone"
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -301,7 +307,7 @@ class AsksTheDeviceInAPlan(Periodic):
         return super().plan(state) if self.seen.sum().item() < 1 else Plan.all(state)
 
 
-@found_by("a_second_run_on_the_same_engine_is_the_first_again", "the first run on a fresh engine")
+@found_by(SECOND, "the first run on a fresh engine")
 class SurvivesABatch(Periodic):
     steps = 0
 
@@ -345,6 +351,52 @@ class CrashesWithAnUnmasker(Periodic):
         if state.seen is not None and (state.seen.taken.sum(1) > 1).any():
             _ = state.valid[:, state.slots]
         return super().plan(state)
+
+
+# -- prompts with embeddings ------------------------------------------------------------------------------------------
+
+
+@found_by(TOKENS, r"same prompts as tokens.*rows \d+-\d+ \(number \d\) of sequence \d start from embeddings")
+class EmbedsTheIdsOfARefresh(Periodic):
+    """Right for prompts of tokens."""
+
+    def begin(self, net: Any, state: State) -> None:
+        self.table = net._model.embedding
+
+    def plan(self, state: State) -> Plan:
+        return replace(super().plan(state), flags={"tokens": state.tokens})
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        if at.index == 0 and at.kind == "full":
+            h = self.table[at.flags["tokens"].gather(1, rows)]
+        return at.compute(rows, h)
+
+
+@found_by(TOKENS, "the row is computed, but was not in the same prompts as tokens")
+class LooksForMasksByTheirIds(Periodic):
+    """An id that stands in for an embedding may be that of the mask."""
+
+    def plan(self, state: State) -> Plan:
+        rows = (state.tokens == state.spec.mask_id) | state.changed | state.needed | self.full(state)
+        return Plan(rows & state.valid)
+
+
+@found_by(BATCH, "the sequence alone|the same sequence alone")
+class ComputesTheImagesOfEverySequence(Periodic):
+    exact = None
+
+    def plan(self, state: State) -> Plan:
+        made = super().plan(state)
+        return replace(made, row_mask=made.row_mask | state.embedded.any(0) & state.prompt)
+
+
+@found_by(AGAIN, "the sequence alone|the same sequence alone")
+class KeepsTheKeysOfAnotherSequence(VLCache):
+    """What comes again finds the keys of what stood there in the first sequence of its batch."""
+
+    def _keep(self, plan: Plan) -> None:
+        self.missed = [(0, span) for _, span in self.missed]
+        super()._keep(plan)
 
 
 # -- rows chosen in a layer -------------------------------------------------------------------------------------------
@@ -572,7 +624,7 @@ class ShowsWhatNobodyComputed(Filter):
         return replace(plan, row_mask=rows, visible=torch.from_numpy(state.valid & (ahead <= 1 + state.step[:, None])))
 
 
-@found_by("a_second_run_on_the_same_engine_is_the_first_again", "the first run on a fresh engine")
+@found_by(SECOND, "the first run on a fresh engine")
 class NeverShowsAgain(Hides):
     def begin(self, net: Any, state: State) -> None:
         self.inner.begin(net, state)
@@ -664,7 +716,7 @@ def subject_of(policy: Any, equals: Any = None) -> Subject:
 
 
 def verdict_on(claim: str, subject: Subject) -> search.Verdict:
-    return search.judge(CLAIMS[claim], subject, examples=8)
+    return search.judge(CLAIMS[claim], subject, examples=10)
 
 
 def readable(verdict: search.Verdict) -> bool:
@@ -745,6 +797,39 @@ def rewriting(apply: Any) -> Any:
     return wrong
 
 
+def of_ids(inputs: Any) -> Any:
+    """What rows start from, in a pass over all of them without a look at the embeddings of prompts."""
+
+    def wrong(engine: Engine, current: Any, tokens: Tensor) -> Tensor:
+        whole = current.rows.shape[1] >= engine.network.slots
+        return engine.model.embed(tokens.gather(1, current.rows)) if whole else inputs(engine, current, tokens)
+
+    return wrong
+
+
+def of_the_sequence_before(inputs: Any) -> Any:
+    """What rows start from, with the embeddings of another prompt."""
+
+    def wrong(engine: Engine, current: Any, tokens: Tensor) -> Tensor:
+        return inputs(engine, replace(current, lanes=current.lanes.roll(1), whole=False), tokens)
+
+    return wrong
+
+
+def beside_those_before(place: Any) -> Any:
+    """The embeddings of a batch, put beside those of the batch before."""
+
+    def wrong(engine: Engine, state: State) -> None:
+        before = None if engine.embeddings is None else (engine.embeddings.clone(), engine.embedded.clone())
+        place(engine, state)
+        if before is not None:
+            stale = before[1] & ~engine.embedded
+            engine.embeddings.copy_(torch.where(stale[..., None], before[0], engine.embeddings))
+            engine.embedded.logical_or_(stale)
+
+    return wrong
+
+
 def of_the_next(visible: Any) -> Any:
     def wrong(at: Layer) -> Tensor | None:
         shown = visible.fget(at)
@@ -760,6 +845,9 @@ BROKEN = [
     Broken("rows counted twice", BOOKS, Layer, "_count", lambda count: lambda at, *a: (count(at, *a), count(at, *a))),
     Broken("rows of another sequence", FRESH, engine_layer, "rotary_scatter", of_another_sequence),
     Broken("a logit shift forgotten", RUNS, State, "rows_for", lambda rows_for: lambda state, rows: rows & state.valid),
+    Broken("a refresh that embeds ids", STARTS, Engine, "_inputs", of_ids),
+    Broken("embeddings of another sequence", STARTS, Engine, "_inputs", of_the_sequence_before),
+    Broken("embeddings of the batch before", SECOND, Engine, "_place_embeddings", beside_those_before),
     Broken("keys that another sequence sees", VISIBLE, Layer, "visible", of_the_next),
     Broken("attention to slots that do not exist", BATCH, Layer, "visible", lambda visible: None),
 ]
