@@ -226,8 +226,7 @@ class CompareConfig:
             if before.startswith(HEADER) and before != text:
                 write_whole(file, text.encode())
         except OSError as error:
-            if run.file is not None:
-                run.file.close()
+            run.close()
             raise UsageError(f"{file} cannot be written: {error.strerror}") from error
 
     def _as_run(self, run: Run) -> dict[str, Any]:

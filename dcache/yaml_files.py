@@ -23,9 +23,9 @@ _RULES = (
 )
 
 
-def _with_rules(kind: Any) -> Any:
-    """A loader or dumper of PyYAML with the rules of the core schema in place of its own."""
-    made: Any = type(kind.__name__, (kind,), {"yaml_implicit_resolvers": {}})
+def _with_rules(kind: Any, **options: Any) -> Any:
+    """A loader or dumper of PyYAML that knows the rules of the core schema."""
+    made: Any = type(kind.__name__, (kind,), options)
     for name, pattern, first in _RULES:
         made.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(rf"(?:{pattern})\Z"), first)
     return made
@@ -46,7 +46,7 @@ def read(path: Path) -> tuple[Any, dict[Place, int]]:
         data = path.read_bytes()
         if len(data) > LONGEST:
             raise UsageError(f"{path} has {len(data)} bytes; give a file of at most {LONGEST}")
-        loader = _with_rules(yaml.SafeLoader)(data.decode("utf-8-sig"))
+        loader = _with_rules(yaml.SafeLoader, yaml_implicit_resolvers={})(data.decode("utf-8-sig"))
         node = loader.get_single_node()
         lines: dict[Place, int] = {}
         _walk(node, (), lines, set(), path)
@@ -92,8 +92,9 @@ def _walk(node: Any, place: Place, lines: dict[Place, int], seen: set[int], path
 
 
 def write(value: Any) -> str:
-    """The text of a value of plain types, which `read` reads as the same value."""
+    """The text of a value of plain types, which `read` reads as the same value, and so do readers of version 1.1."""
     import yaml
 
-    text: str = yaml.dump(value, Dumper=_with_rules(yaml.SafeDumper), sort_keys=False, default_flow_style=False)
+    dumper = _with_rules(yaml.SafeDumper)  # beside its own rules: what is a word by one of them only is quoted
+    text: str = yaml.dump(value, Dumper=dumper, sort_keys=False, default_flow_style=False)
     return text

@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 import dcache
 from dcache import CompareConfig, Comparison, UsageError, yaml_files
-from dcache.calls import Call
+from dcache.calls import Call, policy_calls
 from dcache.cli import main
 from dcache.compare_config import FILE, HEADER, _Content
 
@@ -183,6 +185,7 @@ def test_what_is_written_is_read_as_it_was(tmp_path_factory, value):
     file = tmp_path_factory.getbasetemp() / "some.yaml"
     file.write_text(yaml_files.write(value), encoding="utf-8")
     assert yaml_files.read(file)[0] == value
+    assert yaml.safe_load(file.read_text(encoding="utf-8")) == value  # version 1.1
 
 
 # The command line
@@ -294,3 +297,15 @@ def test_the_saved_file_says_what_it_is_for(written, tmp_path):
         in text
     )
     assert text.endswith("out: .\n")
+
+
+def test_the_page_shows_a_file_that_can_be_read_and_the_error_that_it_gives(written):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "how-to" / "comparisons-in-files.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    config = CompareConfig.read(written(text))
+    assert len(config.experiment().policies) == 1 + 8
+    (assignment,) = re.findall(r"--config sweep.yaml --limit none --set (\S+)", page)
+    changed = config.but(policies=tuple(policy_calls(config.policies, [assignment])))
+    assert "fast-dllm(mode=prefix)" in changed.experiment().policies
+    (shown,) = re.findall(r"error: sweep.yaml, (line \d+: .*), \.\.\.\n", page)
+    assert refused(written, text.replace("gamma:", "gama:")).startswith(shown)

@@ -253,7 +253,7 @@ class Recorder:
     """
 
     def __init__(self, run: Run, folder: str | os.PathLike[str], texts: int = TEXTS, drift: bool = False):
-        self.here, self.drift = run.here(), drift
+        self.here, self.results, self.drift = run.here(), run.results, drift
         self.texts = min(texts, len(self.here.prompts))
         self.file = RecordingFile(folder, run.conditions)
 
@@ -297,7 +297,7 @@ class Recorder:
         trace, at, n = output.trace, output.trace.index, output.trace.length
         mine = trace.mine
         rows, kv_rows = (np.stack([step.maps[kind][:, at, :n] for step in mine]) for kind in ("rows", "kv_rows"))
-        measured = self.here.results.get((0, problem.id, name))
+        measured = self.results.get((0, problem.id, name))
         candidates = [_candidates(step, at) for step in mine]
         used = {*prompt, *output.canvas, *(token for step in candidates for token in step.tokens)}
         drifts = [x[:, :, at] for x, step in zip(meter.steps, trace.steps, strict=False) if step.active[at]]
