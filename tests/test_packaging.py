@@ -145,5 +145,9 @@ class TestInstalled:
         shown = run(installed / "bin" / "dcache", "policies", cwd=tmp_path)
         assert {"none", "elastic", "dkv"} <= set(re.findall(r"[\w-]+", shown))
 
+    def test_the_command_writes_a_package_from_its_templates(self, installed: Path, tmp_path: Path):
+        run(installed / "bin" / "dcache", "new-policy", "lru", cwd=tmp_path)
+        assert 'lru = "dcache_lru"' in (tmp_path / "dcache-lru" / "pyproject.toml").read_text(encoding="utf-8")
+
     def test_works_where_a_checkout_shadows_it(self, installed: Path):
         run(installed / "bin" / "python", "-c", "import dcache.policies, dcache.models, dcache.kernels", cwd=ROOT)
