@@ -2,6 +2,7 @@
 #   make quickstart              compare two policies with no cache, on a small model that comes with the package
 #   make test                    the tests, on the CPU
 #   make lint                    ruff and strict mypy
+#   make docs                    the documentation as a site, in site/; warnings are errors
 #   make PYTHON=python3.12 VENV=.venv-3.12 test
 #   make TORCH=2.12.0 VENV=.venv-2.12 test
 PYTHON ?= python3
@@ -13,7 +14,7 @@ bin = $(VENV)/bin
 pip_install = $(bin)/python -m pip install -qq --disable-pip-version-check
 torch = $(VENV)/.torch-$(TORCH)
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint docs clean
 
 quickstart: $(VENV)/.dcache
 	$(bin)/dcache compare --policies elastic,dkv
@@ -26,8 +27,12 @@ lint: $(VENV)/.dcache-dev
 	$(bin)/ruff format --check .
 	PYTHON=$(abspath $(bin)/python) tools/types.sh
 
+docs: $(VENV)/.dcache-docs
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --site-dir site
+	@echo "open site/index.html, or for the search: $(bin)/python -m http.server -d site"
+
 clean:
-	rm -rf .venv build dist types *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site types *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.dcache: pyproject.toml $(torch)
 	@echo "installing dcache"

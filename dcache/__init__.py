@@ -10,8 +10,13 @@ if not (_here / "policies").is_dir():  # a source checkout: the subpackages lie 
 
 __version__ = "0.1.0"
 
+from dcache import completion
+
+completion.answer()  # a shell that completes a command has its names, if they are kept, before the rest is imported
+
 # isort: split
 from dcache.compare import Comparison, compare
+from dcache.compare_config import CompareConfig
 from dcache.errors import (
     DCacheError,
     MemoryLimitError,
@@ -21,6 +26,7 @@ from dcache.errors import (
     PolicyError,
     UnmaskerError,
     UsageError,
+    WorkerError,
 )
 from dcache.generate import Output, generate
 from dcache.hookspecs import Register, hookimpl
@@ -37,6 +43,7 @@ __all__ = [
     "Ask",
     "Asked",
     "CachePolicy",
+    "CompareConfig",
     "Comparison",
     "DCacheError",
     "Family",
@@ -64,6 +71,7 @@ __all__ = [
     "UnmaskerError",
     "Update",
     "UsageError",
+    "WorkerError",
     "__version__",
     "compare",
     "generate",

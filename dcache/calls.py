@@ -113,17 +113,18 @@ def parse_call(text: str) -> Call:
     return Call(name.strip(), knobs)
 
 
-def policy_calls(policies: str, sets: Sequence[str] = (), sweeps: Sequence[str] = ()) -> list[Call]:
+def policy_calls(policies: str | Sequence[Call], sets: Sequence[str] = (), sweeps: Sequence[str] = ()) -> list[Call]:
     """The calls that a list of policies, assignments ``policy.knob=value`` and sweeps ``policy.knob=v1,v2`` ask for.
 
     An assignment changes every listed policy of its name. A sweep replaces each by one call per value, or adds them if
     none is listed; two sweeps of one policy give all combinations.
     """
-    calls = [parse_call(text) for text in split_list(policies)]
+    calls = [parse_call(text) for text in split_list(policies)] if isinstance(policies, str) else [*policies]
     for text in sets:
         name, knob, value = _assignment(text, "--set")
         if name not in [call.name for call in calls]:
-            raise UsageError(f"--set {text}: {name!r} is not one of --policies {policies}; add it there")
+            listed = ",".join(map(str, calls))
+            raise UsageError(f"--set {text}: {name!r} is not one of --policies {listed}; add it there")
         calls = [_with(call, knob, value, f"--set {text}") if call.name == name else call for call in calls]
     for text in sweeps:
         name, knob, listed = _assignment(text, "--sweep")

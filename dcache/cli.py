@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,22 +15,29 @@ import typer
 from pydantic import BaseModel
 
 import dcache
-from dcache import catalog, report
+from dcache import catalog, completion, report
 from dcache.bench import commands as bench
 from dcache.calls import policy_calls
-from dcache.compare import Comparison, Experiment, Run
-from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, VerifySettings
+from dcache.compare import Comparison, Run, launch_settings
+from dcache.compare_config import DEFAULT_MODEL, CompareConfig
+from dcache.config import DEFAULT_POLICIES, CompareSettings, DecodeSettings, LaunchSettings, VerifySettings
 from dcache.errors import DCacheError, UsageError
+from dcache.evaluation import commands as evaluation
+from dcache.formats import check_format, formatted
 from dcache.generate import Output, Runner, problem_prompt, settings_from
+from dcache.models.loading import Source
 from dcache.plugins import load_model, make_policy
-from dcache.tasks.base import Problem, Task
+from dcache.progress import is_live, meter, note
+from dcache.results import check_folder
+from dcache.scaffold.command import new_policy
+from dcache.tasks.base import Problem
 from dcache.tasks.prompts import Prompts
 from dcache.text import printable
 from dcache.trace import Step
 from dcache.view import commands as view
 
 INTERRUPTED = 130
-REPORT_EVERY_S = 30.0
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COUNT, COUNT_OR_NONE = "INTEGER", "INTEGER|none"
 NUMBER, NUMBER_OR_NONE = "FLOAT", "FLOAT|none"
 NUMBERS = (
@@ -45,11 +53,11 @@ NUMBERS = (
     "batch_size",
     "examples",
     "patience",
+    "workers",
 )
 
 app = typer.Typer(
     help="Cache policies for diffusion language models, compared under one decoding loop and one engine.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -57,6 +65,7 @@ app = typer.Typer(
 
 app.add_typer(bench.app, name="bench")
 app.command("report")(view.report)
+app.command("eval")(evaluation.evaluate)
 
 
 def setting(settings: type[BaseModel], name: str, **options: Any) -> Any:
@@ -71,7 +80,10 @@ def option(help: str, *flags: str, **options: Any) -> Any:
     return typer.Option(*flags, help=help, **options)
 
 
-ModelName = Annotated[str, option("a shipped model, a folder, a hub id, or a shape such as llada-8b:random", "--model")]
+CONFIG = "a YAML file that says what to compare, or a folder with results, to do the same again"
+POLICIES = "what to compare, e.g. 'elastic(gamma=0.95),dkv'; none is always run"
+MODEL = "a shipped model, a folder, a hub id, or a shape such as llada-8b:random"
+ModelName = Annotated[str, option(MODEL, "--model")]
 PromptsFile = Annotated[Path | None, option('prompts, one JSON object per line: {"prompt": "..."}', "--prompts")]
 Device = Annotated[str | None, option("cpu, cuda or cuda:1; the GPU if there is one", "--device")]
 Dtype = Annotated[str | None, option("bfloat16 on a GPU and float32 on a CPU unless given", "--dtype")]
@@ -125,19 +137,21 @@ def root(
 
 @app.command()
 def compare(
-    policies: Annotated[str, option("what to compare, e.g. 'elastic(gamma=0.95),dkv'; none is always run")] = ",".join(
-        DEFAULT_POLICIES
-    ),
-    model: ModelName = "tiny-llada",
+    config: Annotated[Path | None, option(f"{CONFIG}; other options override it", "--config")] = None,
+    policies: Annotated[str | None, option(f"{POLICIES}  [default: {','.join(DEFAULT_POLICIES)}]")] = None,
+    model: Annotated[str | None, option(f"{MODEL}  [default: {DEFAULT_MODEL}]", "--model")] = None,
     task: Annotated[str | None, setting(CompareSettings, "task")] = None,
     prompts: PromptsFile = None,
     split: Annotated[str | None, setting(CompareSettings, "split")] = None,
     limit: Annotated[str | None, setting(CompareSettings, "limit", metavar=COUNT_OR_NONE)] = None,
     repeats: Annotated[str | None, setting(CompareSettings, "repeats", metavar=COUNT)] = None,
+    launcher: Annotated[str | None, setting(LaunchSettings, "launcher")] = None,
+    workers: Annotated[str | None, setting(LaunchSettings, "workers", metavar=COUNT)] = None,
+    ray_address: Annotated[str | None, setting(LaunchSettings, "ray_address")] = None,
     out: Annotated[Path | None, option("folder for results.jsonl; the same command continues it", "--out")] = None,
     set_: Annotated[list[str] | None, option("policy.field=value, as often as needed", "--set")] = None,
     sweep: Annotated[list[str] | None, option("policy.field=v1,v2,...: one run per value", "--sweep")] = None,
-    format_: Annotated[str, option("table, json, csv or markdown", "--format")] = "table",
+    format_: Annotated[str, option("table, json, csv, markdown or latex", "--format")] = "table",
     report_: view.ReportFolder = None,
     report_texts: view.ReportTexts = view.TEXTS,
     measure_drift: view.MeasureDrift = False,
@@ -161,8 +175,7 @@ def compare(
     family: FamilyName = None,
 ) -> None:
     """Run policies on the same problems and print how they did."""
-    if format_ not in report.FORMATS:
-        raise UsageError(f"unknown format {format_!r}; choose one of {', '.join(report.FORMATS)}")
+    check_format(format_)
     if prompts is not None and (task is not None or split is not None):
         raise UsageError(f"--prompts replaces the task; leave {'--task' if task else '--split'} out")
     settings = given(
@@ -171,63 +184,59 @@ def compare(
         forbid_eos=forbid_eos, eos_last=eos_last, after_end=after_end, fill_every=fill_every, batch_size=batch_size,
         no_graphs=no_graphs,
     )  # fmt: skip
-    out = view.folder_of(out, report_, measure_drift)
-    source: Task | str | None = task if prompts is None else Prompts(prompts)
-    experiment = Experiment(policy_calls(policies, set_ or [], sweep or []), source, **settings)
-    run = Run(experiment, load_model(model, device=device, dtype=dtype, family=family), out)
+    places = {"model": model, "policies": policies, "task": task, "prompts": prompts, "out": out}
+    places |= {"device": device, "dtype": dtype, "family": family}
+    plan = (CompareConfig() if config is None else CompareConfig.read(config)).but(**given(**places), **settings)
+    plan = plan.but(policies=tuple(policy_calls(plan.policies, set_ or [], sweep or [])))
+    plan = plan.but(out=view.folder_of(plan.out if report_ is None else out, report_, measure_drift))
+    if plan.out is not None:
+        check_folder(plan.out)
+    launch = launch_settings(**given(launcher=launcher, workers=workers, ray_address=ray_address))
+    source = Source.of(plan.model, plan.device, plan.dtype, family=plan.family)
+    run = Run(plan.experiment(), source, plan.out, launch=launch, note=note)
+    plan.save(run)
     try:
         watch(run)
     except KeyboardInterrupt:
         show(run.comparison, format_)
         again = "Nothing was kept; give --out to be able to continue."
         flag = "--out" if report_ is None else "--report"
-        note(f"interrupted. {again if out is None else f'To continue, repeat the command with {flag} {out}'}")
+        note(f"interrupted. {again if plan.out is None else f'To continue, repeat the command with {flag} {plan.out}'}")
         raise typer.Exit(INTERRUPTED) from None
+    except DCacheError:
+        if run.results:
+            show(run.comparison, format_)
+        raise
     show(run.comparison, format_)
     if report_ is not None:
         view.finish(run, report_, report_texts, measure_drift, note)
 
 
 def watch(run: Run) -> None:
-    """Run it, with a progress bar on a terminal, and a line now and then elsewhere."""
-    total, names = run.experiment.n_texts, printable(", ".join(run.experiment.policies))
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
-
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("decoding", total=total, completed=len(run.results))
-            for _ in run:
-                bar.update(task, completed=len(run.results))
-        return
-    kept = f"; {len(run.results)} of {total} texts are there already" if run.results else ""
+    """Run it, and tell how far it is."""
+    names, total, kept = ", ".join(run.experiment.policies), run.experiment.n_texts, len(run.results)
     n = len(run.experiment.problems)
-    note(f"comparing {names} on {n} problem{'s' * (n != 1)}{kept}")
-    last = time.monotonic()
-    for _ in run:
-        if time.monotonic() - last > REPORT_EVERY_S:
-            last = time.monotonic()
-            note(f"{len(run.results)} of {total} texts")
+    if not is_live():
+        there = f"; {kept} of {total} texts are there already" if kept else ""
+        note(f"comparing {names} on {n} problem{'s' * (n != 1)}{there}")
+    with meter("comparing", total, "text", kept) as bar:
+        for results in run:
+            bar.advance(len(results))
 
 
 def show(comparison: Comparison, format_: str) -> None:
     """The table on stdout, warnings on stderr."""
     rows = comparison.standings
-    print(report.FORMATS[format_](comparison.conditions, rows), end="", flush=True)
+    print(formatted(format_, comparison.conditions, rows), end="", flush=True)
     for text in report.warnings(comparison.conditions, rows):
         note(f"warning: {text}")
-
-
-def note(text: str) -> None:
-    """A line on stderr."""
-    print(printable(text), file=sys.stderr, flush=True)
 
 
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="the prompt; - reads it from stdin")] = None,
     policy: Annotated[str, option("a policy, e.g. 'elastic(gamma=0.95)'", "--policy")] = "elastic",
-    model: ModelName = "tiny-llada",
+    model: ModelName = DEFAULT_MODEL,
     prompts: PromptsFile = None,
     image: Annotated[
         list[Path] | None, option("an image of the prompt, for a model with vision; several in order", "--image")
@@ -272,14 +281,16 @@ def generate(
     runner = Runner(load_model(model, device=device, dtype=dtype, family=family), policy, settings)
     ids = [problem_prompt(runner.model, problem) for problem in problems]
     names = [problem.id for problem in problems]
-    for begin in range(0, len(ids), settings.batch_size):
-        batch = range(begin, min(begin + settings.batch_size, len(ids)))
-        for i, output in zip(batch, runner.run([ids[i] for i in batch], ids=batch), strict=True):
-            if prompts is None:
-                print(printable(output.text or ""), flush=True)
-            else:
-                print(json.dumps({"id": names[i], "text": output.text}), flush=True)
-            _explain(output, trace)
+    with meter("generating", len(ids), "text", lines=False) if prompts is not None else nullcontext() as bar:
+        for begin in range(0, len(ids), settings.batch_size):
+            batch = range(begin, min(begin + settings.batch_size, len(ids)))
+            for i, output in zip(batch, runner.run([ids[i] for i in batch], ids=batch), strict=True):
+                if bar is None:
+                    print(printable(output.text or ""), flush=True)
+                else:
+                    print(json.dumps({"id": names[i], "text": output.text}), flush=True)
+                    bar.advance()
+                _explain(output, trace)
 
 
 def _prompt(text: str) -> str:
@@ -297,14 +308,7 @@ def _explain(output: Output, steps: bool) -> None:
     if steps:
         for step in trace.mine:
             note(_step(step, trace.index))
-    rate = len(output.tokens) / trace.seconds if trace.seconds else 0.0
-    regions = trace.regions
-    parts = ", ".join(f"{name} {100 * region.row_share:.0f} %" for name, region in regions.items())
-    note(
-        f"{len(output.tokens)} tokens, {trace.nfe} forward calls, {100 * trace.row_share:.0f} % of the rows"
-        f"{f' ({parts})' if regions['image'].rows else ''}, "
-        f"{trace.refreshes} refreshes, {trace.seconds:.2f} s, {rate:.1f} tok/s"
-    )
+    note(output.summary)
 
 
 def _step(step: Step, b: int) -> str:
@@ -352,10 +356,12 @@ def verify(
         told = f"{policy} ({source}), dcache {dcache.__version__}, {how.examples} examples per claim, seed {how.seed}"
         print(printable(told), flush=True)
     verdicts = []
-    for verdict in found:
-        verdicts.append(verdict)
-        if format_ == "text":
-            print(printable(str(verdict)), flush=True)
+    with meter("verifying", found.total, "claim", lines=False) as bar:
+        for verdict in found:
+            verdicts.append(verdict)
+            if format_ == "text":
+                print(printable(str(verdict)), flush=True)
+            bar.advance()
     counts = {status: sum(verdict.status == status for verdict in verdicts) for status in ("pass", "fail", "n/a")}
     if format_ == "json":
         data = {"policy": policy, "source": source, "dcache": dcache.__version__} | how.model_dump()
@@ -367,12 +373,20 @@ def verify(
         raise typer.Exit(1)
 
 
+app.command("new-policy")(new_policy)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit code: 0, 1 for a defect, 2 for a mistake of the caller, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if callable(reconfigure := getattr(stream, "reconfigure", None)):
             reconfigure(errors="backslashreplace")  # a terminal without Unicode shows escapes
-    return quietly(lambda: app(None if arguments is None else list(arguments), "dcache", standalone_mode=False))
+    return quietly(lambda: _run(None if arguments is None else list(arguments)))
+
+
+def _run(arguments: list[str] | None) -> object:
+    completion.learn(app)
+    return app(arguments, completion.PROGRAM, standalone_mode=False)
 
 
 def quietly(command: Callable[[], object]) -> int:
@@ -387,13 +401,23 @@ def quietly(command: Callable[[], object]) -> int:
         return _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
-    except BrokenPipeError:  # the reader left; nothing is to be flushed at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader left
+        _drop_stdout()
         return 1
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _drop_stdout()
+        return _fail(f"the output cannot be written: {error.strerror}", 2)
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own usage errors
             raise
         return _fail(f"{error.format_message()} (dcache --help lists commands and options)", 2)
+
+
+def _drop_stdout() -> None:
+    """Nothing more can be written there, and nothing is to be flushed at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:

@@ -2,36 +2,39 @@
 
 All policies of a comparison share weights, prompts, seed, noise, unmasker and settings. They take turns problem by
 problem, each time in another order, so that a machine that slows down slows all of them; one short run of each goes
-before the clock starts.
+before the clock starts. `dcache.launch` says where they run: in this process, or in several.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import ValidationError
 
 import dcache
-from dcache import report
+from dcache import formats, report
 from dcache.calls import Call, split_list
 from dcache.conditions import device_name, prompt_of, source_of, version_of, weights_of, written
-from dcache.config import DEFAULT_POLICIES, CompareSettings
+from dcache.config import DEFAULT_POLICIES, CompareSettings, LaunchSettings
 from dcache.errors import UsageError
+from dcache.files import write_whole
 from dcache.generate import Output, Runner, policy_of, problem_prompt, settings_from, unmasker_of
-from dcache.models.loading import Model
-from dcache.plugins import explain, make_policy, plugins
+from dcache.launch import Launcher, Local, Recipe, Unit
+from dcache.models.loading import Model, Source
+from dcache.plugins import explain, load, make_policy, plugins
 from dcache.policy import CachePolicy
 from dcache.results import FILE, Conditions, Entrant, Result, ResultFile, line_of, read_results
 from dcache.tasks.base import Problem, Task
 from dcache.tasks.prompts import Prompts
+from dcache.text import printable
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # type: ignore[import-untyped]
@@ -40,6 +43,7 @@ REFERENCE = "none"
 WARM_UP_ROWS = 8
 IMAGE_TASK = "scenes"
 Policy = str | Call | CachePolicy
+AnyModel = Model | Source | str | PathLike[str]
 
 
 class Experiment:
@@ -64,29 +68,37 @@ class Experiment:
         self, policies: str | Sequence[Policy] = DEFAULT_POLICIES, task: str | Task | None = None, **settings: Any
     ):
         self._settings = dict(settings)
+        self._task = task
         self.run = _own({k: settings.pop(k) for k in [*settings] if k in CompareSettings.model_fields}, task)
         self.task: Task = plugins().tasks.get(self.run.task).thing() if not isinstance(task, Task) else task
         if settings.get("gen_length") is None:
             settings["gen_length"] = self.task.gen_length
         self.settings = settings_from(**settings)
         self.policies: dict[str, CachePolicy] = {REFERENCE: make_policy(REFERENCE)}
+        self._given: dict[str, Policy] = {REFERENCE: REFERENCE}
         seen = set()
-        for policy in map(policy_of, _listed(policies)):
+        for given in _listed(policies):
+            policy = policy_of(given)
             name = written(policy)
             if name in seen:
                 raise UsageError(f"policy {name!r} is listed twice; it would be run twice to the same tokens")
             seen.add(name)
-            self.policies[name] = policy
+            self.policies[name], self._given[name] = policy, given
         for policy in self.policies.values():
             unmasker_of(policy, self.settings)
         self.split = None if isinstance(self.task, Prompts) else self.run.split
         self.problems: list[Problem] = self.task.problems(self.run.split, self.run.limit, self.settings.seed)
 
-    def on(self, model: Model) -> Experiment:
+    def on(self, reads_images: bool) -> Experiment:
         """Itself; or its like on a task with images, if it names no task and the model reads images."""
-        if model.vision is None or "task" in self.run.model_fields_set:
+        if not reads_images or "task" in self.run.model_fields_set:
             return self
-        return Experiment([*self.policies.values()], IMAGE_TASK, **self._settings)
+        return Experiment([*self._given.values()], IMAGE_TASK, **self._settings)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What makes an equal experiment in another process."""
+        return Recipe(self._given, self._task, self._settings)
 
     @property
     def task_name(self) -> str:
@@ -97,6 +109,11 @@ class Experiment:
     def n_texts(self) -> int:
         """Results of the whole comparison."""
         return len(self.problems) * len(self.policies) * self.run.repeats
+
+    @property
+    def n_units(self) -> int:
+        """Batches of the whole comparison, each under one policy."""
+        return -(-len(self.problems) // self.settings.batch_size) * len(self.policies) * self.run.repeats
 
     def conditions(self, model: Model, unmaskers: dict[str, str]) -> Conditions:
         """Everything that results depend on; `unmaskers` as each policy runs with them."""
@@ -154,30 +171,33 @@ def _own(settings: dict[str, Any], task: str | Task | None) -> CompareSettings:
         raise UsageError("; ".join(explain("the comparison", CompareSettings, e) for e in error.errors())) from None
 
 
-class Run:
-    """An experiment on a model, in the middle of it: iterate to decode what is missing, batch by batch.
+def launch_settings(**settings: Any) -> LaunchSettings:
+    """Validate where a comparison runs; raises UsageError naming the field, the value and the bound."""
+    try:
+        return LaunchSettings.model_validate(settings)
+    except ValidationError as error:
+        raise UsageError("; ".join(explain("the comparison", LaunchSettings, e) for e in error.errors())) from None
+
+
+class Decoder:
+    """An experiment on a model in this process, ready to decode any batch of it.
 
     Args:
         experiment: what to compare.
         model: on which model.
-        out: folder for ``results.jsonl``; what an earlier run of the same conditions left there is not run again.
         clock: seconds, for wall times.
 
     Attributes:
-        results: what exists so far, by (repeat, problem, policy).
+        experiment: the same; on a task with images if the model reads images and no task was named.
+        marks: fingerprint of each prompt with its answer.
+        conditions: as found here.
 
     Raises:
-        UsageError: for a prompt that does not fit the model, or a folder with results of other conditions.
+        UsageError: for a prompt that does not fit the model, and for policies that do not.
     """
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        model: Model,
-        out: str | PathLike[str] | None = None,
-        clock: Callable[[], float] | None = None,
-    ):
-        experiment = experiment.on(model)
+    def __init__(self, experiment: Experiment, model: Model, clock: Callable[[], float] | None = None):
+        experiment = experiment.on(model.vision is not None)
         self.experiment, self.model = experiment, model
         self.clock = clock or perf_counter
         self.runners = {name: Runner(model, p, experiment.settings) for name, p in experiment.policies.items()}
@@ -190,10 +210,7 @@ class Run:
         self.marks = [prompt_of(ids, problem.answer, problem.images) for ids, problem in pairs]
         self.conditions = experiment.conditions(model, {n: written(r.unmasker) for n, r in self.runners.items()})
         self.memory = Memory(model.device)
-        self.results: dict[tuple[int, str, str], Result] = {}
-        self.file = None if out is None else ResultFile(out, self.conditions)
-        if self.file is not None:
-            self._take_over(self.file)
+        self._warm: set[str] = set()
 
     def _check_lengths(self) -> None:
         room = self.model.spec.max_positions - (self.experiment.settings.gen_length or 0)
@@ -204,8 +221,103 @@ class Run:
                     f"{self.experiment.settings.gen_length} the model has room for {room}; shorten one of them"
                 )
 
+    def warm_up(self, name: str) -> None:
+        """Once, outside the clock: on a GPU the first batch as it will be decoded, which records its graphs."""
+        if name in self._warm:
+            return
+        self._warm.add(name)
+        settings = self.experiment.settings
+        if self.model.device.type != "cpu":
+            self.runners[name].run(self.prompts[: settings.batch_size])
+            return
+        rows = min(settings.gen_length or WARM_UP_ROWS, WARM_UP_ROWS)
+        short = settings.model_copy(update={"gen_length": rows, "block_length": None})
+        Runner(self.model, self.experiment.policies[name], short).run(self.prompts[: settings.batch_size])
+
+    def decode(self, unit: Unit) -> list[Result]:
+        """Decode one batch under one policy, which is warmed up before if it was not."""
+        self.warm_up(unit.policy)
+        runner = self.runners[unit.policy]
+        self.memory.begin()
+        began = self.clock()
+        outputs = runner.run([self.prompts[i] for i in unit.indices], ids=unit.indices)
+        seconds = self.clock() - began - sum(step.recording for step in outputs[0].trace.steps)
+        peak = self.memory.end(unit.policy)
+        cache = sum(runner.engine.store_bytes.values())
+        return [
+            self._result(unit, i, output, seconds / len(unit.indices), peak, cache)
+            for i, output in zip(unit.indices, outputs, strict=True)
+        ]
+
+    def _result(self, unit: Unit, index: int, out: Output, seconds: float, peak: int | None, cache: int) -> Result:
+        problem, trace = self.experiment.problems[index], out.trace
+        return Result(
+            repeat=unit.repeat,
+            problem=problem.id,
+            prompt=self.marks[index],
+            policy=unit.policy,
+            text=out.text,
+            tokens=out.tokens,
+            canvas=out.canvas,
+            correct=None if out.text is None else self.experiment.task.score(problem, out.text),
+            n_tokens=len(out.tokens),
+            nfe=trace.nfe,
+            seconds=round(seconds, 6),
+            batch=len(unit.indices),
+            row_layers=trace.row_layers,
+            kv_row_layers=trace.kv_row_layers,
+            full_row_layers=trace.full_row_layers,
+            row_share=round(trace.row_share, 6),
+            refreshes=trace.refreshes,
+            step_ms=[round(step.seconds * 1000, 3) for step in trace.mine],
+            peak_bytes=peak,
+            cache_bytes=cache,
+            regions=trace.regions,
+        )
+
+
+class Run:
+    """An experiment on a model, in the middle of it: iterate to decode what is missing, batch by batch.
+
+    Args:
+        experiment: what to compare.
+        model: on which model: one that is loaded, or what `load_model` takes.
+        out: folder for ``results.jsonl``; what an earlier run of the same conditions left there is not run again.
+        clock: seconds, for wall times; not for a launcher that runs elsewhere.
+        launch: where it runs; in this process by default.
+        note: is told in a sentence what happens to workers; None warns.
+
+    Attributes:
+        results: what exists so far, by (repeat, problem, policy).
+        conditions: of what is decoded now.
+
+    Raises:
+        UsageError: for a prompt that does not fit the model, or a folder with results of other conditions.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        model: AnyModel,
+        out: str | PathLike[str] | None = None,
+        clock: Callable[[], float] | None = None,
+        launch: LaunchSettings | None = None,
+        note: Callable[[str], None] | None = None,
+    ):
+        self._model = model
+        self.launcher = _launcher(experiment, model, clock, launch or LaunchSettings(), note)
+        try:
+            self.experiment, self.conditions = self.launcher.experiment, self.launcher.conditions
+            self.results: dict[tuple[int, str, str], Result] = {}
+            self.file = None if out is None else ResultFile(out, self.conditions)
+            if self.file is not None:
+                self._take_over(self.file)
+        except BaseException:
+            self.launcher.close()
+            raise
+
     def _take_over(self, file: ResultFile) -> None:
-        marks = {problem.id: mark for problem, mark in zip(self.experiment.problems, self.marks, strict=True)}
+        marks = {problem.id: mark for problem, mark in zip(self.experiment.problems, self.launcher.marks, strict=True)}
         for result in file.results:
             if result.problem not in marks or result.repeat >= self.experiment.run.repeats:
                 continue
@@ -220,23 +332,25 @@ class Run:
     def __iter__(self) -> Iterator[list[Result]]:
         """Decode what is missing; yields the results of one batch under one policy once they are written."""
         try:
-            for name in self.runners:
-                if any(name == lacking for _, lacking, _ in self._missing()):
-                    self._warm_up(name)
-            for repeat, name, indices in self._missing():  # lazily: there may be very many
-                results = self._decode(repeat, name, indices)
+            names = [name for name in self.experiment.policies if any(name == u.policy for u in self._missing())]
+            for results in self.launcher.run(names, self._missing()):  # lazily: there may be very many
                 if self.file is not None:
                     self.file.write(results)
                 self.results |= {result.key: result for result in results}
                 yield results
         finally:
-            if self.file is not None:
-                self.file.close()
+            self.close()
 
-    def _missing(self) -> Iterator[tuple[int, str, list[int]]]:
-        """Repeat, policy and problems of every batch that is still to be decoded, in the order of decoding."""
+    def close(self) -> None:
+        """Let go of the file and the workers; what is unfinished stays so."""
+        self.launcher.close()
+        if self.file is not None:
+            self.file.close()
+
+    def _missing(self) -> Iterator[Unit]:
+        """Every batch that is still to be decoded, in the order of decoding."""
         problems, size = self.experiment.problems, self.experiment.settings.batch_size
-        names = list(self.runners)
+        names = list(self.experiment.policies)
         for repeat in range(self.experiment.run.repeats):
             for number, begin in enumerate(range(0, len(problems), size)):
                 turn = (repeat + number) % len(names)
@@ -244,63 +358,48 @@ class Run:
                     batch = range(begin, min(begin + size, len(problems)))
                     indices = [i for i in batch if (repeat, problems[i].id, name) not in self.results]
                     if indices:
-                        yield repeat, name, indices
+                        yield Unit(repeat, number, name, tuple(indices))
 
-    def _warm_up(self, name: str) -> None:
-        """Outside the clock: on a GPU the first batch as it will be decoded, which records its graphs."""
-        settings = self.experiment.settings
-        if self.model.device.type != "cpu":
-            self.runners[name].run(self.prompts[: settings.batch_size])
-            return
-        rows = min(settings.gen_length or WARM_UP_ROWS, WARM_UP_ROWS)
-        short = settings.model_copy(update={"gen_length": rows, "block_length": None})
-        Runner(self.model, self.experiment.policies[name], short).run(self.prompts[: settings.batch_size])
-
-    def _decode(self, repeat: int, name: str, indices: list[int]) -> list[Result]:
-        runner = self.runners[name]
-        self.memory.begin()
-        began = self.clock()
-        outputs = runner.run([self.prompts[i] for i in indices], ids=indices)
-        seconds = self.clock() - began - sum(step.recording for step in outputs[0].trace.steps)
-        peak = self.memory.end(name)
-        cache = sum(runner.engine.store_bytes.values())
-        return [
-            self._result(repeat, name, i, output, seconds / len(indices), len(indices), peak, cache)
-            for i, output in zip(indices, outputs, strict=True)
-        ]
-
-    def _result(
-        self, repeat: int, name: str, index: int, out: Output, seconds: float, batch: int, peak: int | None, cache: int
-    ) -> Result:
-        problem, trace = self.experiment.problems[index], out.trace
-        return Result(
-            repeat=repeat,
-            problem=problem.id,
-            prompt=self.marks[index],
-            policy=name,
-            text=out.text,
-            tokens=out.tokens,
-            canvas=out.canvas,
-            correct=None if out.text is None else self.experiment.task.score(problem, out.text),
-            n_tokens=len(out.tokens),
-            nfe=trace.nfe,
-            seconds=round(seconds, 6),
-            batch=batch,
-            row_layers=trace.row_layers,
-            kv_row_layers=trace.kv_row_layers,
-            full_row_layers=trace.full_row_layers,
-            row_share=round(trace.row_share, 6),
-            refreshes=trace.refreshes,
-            step_ms=[round(step.seconds * 1000, 3) for step in trace.mine],
-            peak_bytes=peak,
-            cache_bytes=cache,
-            regions=trace.regions,
-        )
+    def here(self) -> Decoder:
+        """The experiment in this process, for what results do not tell; loads the model if all runs elsewhere."""
+        if isinstance(self.launcher, Local):
+            return self.launcher.decoder
+        return Decoder(self.experiment, _loaded(self._model))
 
     @property
     def comparison(self) -> Comparison:
         """What exists so far."""
         return Comparison(self.conditions, list(self.results.values()))
+
+
+def _launcher(
+    experiment: Experiment,
+    model: AnyModel,
+    clock: Callable[[], float] | None,
+    settings: LaunchSettings,
+    note: Callable[[str], None] | None,
+) -> Launcher:
+    if settings.launcher == "local":
+        return Local(Decoder(experiment, _loaded(model), clock))
+    from dcache.ray_launcher import RayLauncher  # here, because it needs a package that most do without
+
+    return RayLauncher(experiment, _source(model), settings, note)
+
+
+def _loaded(model: AnyModel) -> Model:
+    return model if isinstance(model, Model) else load(_source(model))
+
+
+def _source(model: AnyModel) -> Source:
+    """How another process loads the model."""
+    if isinstance(model, Model):
+        if model.source is None:
+            raise UsageError(
+                f"model {model.name!r} was not loaded by load_model, so no other process can load it; save it, and "
+                "give the folder"
+            )
+        return replace(model.source, weights=weights_of(model))
+    return model if isinstance(model, Source) else Source.of(model)
 
 
 class Memory:
@@ -347,9 +446,25 @@ class Comparison:
         """What to keep in mind when reading the table, each with a next step."""
         return report.warnings(self.conditions, self.standings)
 
-    def table(self) -> str:
-        """Conditions, one line per policy, and a summary: the text that ``dcache compare`` prints."""
-        return report.table(self.conditions, self.standings)
+    def table(self, format: str = "table") -> str:
+        """Conditions, one line per policy, and a summary: the text that ``dcache compare`` prints.
+
+        Args:
+            format: of it, as for ``--format``: table, json, csv, markdown or latex.
+        """
+        return formats.formatted(format, self.conditions, self.standings)
+
+    def __repr__(self) -> str:
+        n, names = len(self.results), ", ".join(entrant.policy for entrant in self.conditions.policies)
+        return printable(f"<Comparison of {names} on {self.conditions.task} by {self.conditions.model}, {n} texts>")
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows on a terminal."""
+        printer.text(self.table())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return formats.page(self.conditions, self.standings, self.warnings)
 
     def by_region(self) -> str:
         """One line per policy: rows and refreshes of images, of the rest of the prompt and of the generation.
@@ -358,10 +473,18 @@ class Comparison:
         """
         return "".join(f"{line}\n" for line in report.by_region(self.standings))
 
-    def to_pandas(self) -> DataFrame:
-        """One row per result."""
+    def to_pandas(self, by: Literal["text", "policy"] = "text") -> DataFrame:
+        """One row per text, or one per policy.
+
+        Args:
+            by: "text" has the fields of `results`; "policy" those of `standings`, the numbers behind the table.
+        """
         from pandas import DataFrame
 
+        if by not in ("text", "policy"):
+            raise UsageError(f"by is {by!r}; choose 'text' or 'policy'")
+        if by == "policy":
+            return DataFrame([row.flat for row in self.standings], columns=report.flat_names())
         return DataFrame([result.flat for result in self.results])
 
     def save(self, path: str | PathLike[str]) -> Path:
@@ -370,8 +493,7 @@ class Comparison:
         data = b"".join([line_of(self.conditions), *map(line_of, self.results)])
         try:
             if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(data)
+                write_whole(file, data)
                 return file
         except OSError as error:
             raise UsageError(f"results cannot be written to {file}: {error.strerror}") from error
@@ -389,7 +511,7 @@ class Comparison:
 
 
 def compare(
-    model: Model,
+    model: AnyModel,
     policies: str | Sequence[Policy] = DEFAULT_POLICIES,
     task: str | Task | None = None,
     *,
@@ -399,21 +521,23 @@ def compare(
     """Run policies on the same problems.
 
     Args:
-        model: from `load_model`.
+        model: from `load_model`, or what it takes: a name, a folder.
         policies: names, calls such as ``"elastic(gamma=0.95)"``, or instances; or one text, ``"elastic,dkv"``. `none`
             always runs as the reference.
         task: a task's name, or an instance; None is gsm-mini, or scenes for a model that reads images.
         out: folder for ``results.jsonl``, written line by line; the same call again continues where it stopped.
-        settings: limit, repeats and split of `CompareSettings`; gen_length, block_length, unmask, temperature, seed,
-            batch_size, ... of `DecodeSettings`.
+        settings: limit, repeats and split of `CompareSettings`; launcher, workers and ray_address of
+            `LaunchSettings`; gen_length, block_length, unmask, temperature, seed, batch_size, ... of `DecodeSettings`.
 
     Returns:
         a `Comparison`; ``print(result.table())``.
 
     Raises:
         UsageError: for unknown names, knobs out of bounds, prompts that do not fit, and results of other conditions.
+        WorkerError: if workers are lost again and again.
     """
-    run = Run(Experiment(policies, task, **settings), model, out)
+    launch = launch_settings(**{k: settings.pop(k) for k in [*settings] if k in LaunchSettings.model_fields})
+    run = Run(Experiment(policies, task, **settings), model, out, launch=launch)
     for _ in run:
         pass
     return run.comparison

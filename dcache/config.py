@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,6 +10,7 @@ from dcache.unmasking.base import MOST, Sampling
 
 DEFAULT_GEN_LENGTH = 96
 DEFAULT_POLICIES = ("elastic", "dkv")
+CPUS_PER_WORKER = 4
 
 
 class DecodeSettings(Sampling):
@@ -68,6 +69,32 @@ class CompareSettings(BaseModel):
     repeats: int = Field(
         1, ge=1, le=MOST, description="times that everything is decoded; 2 or more give tok/s a spread"
     )
+
+
+class LaunchSettings(BaseModel):
+    """Where a comparison runs. No result depends on it, only how soon there are results."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    launcher: Literal["local", "ray"] = Field(
+        "local", description="where to decode: local, in this process; ray, in workers side by side, one per GPU"
+    )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        le=MOST,
+        description=f"workers of the launcher ray; one per GPU, or per {CPUS_PER_WORKER} CPUs, unless given",
+    )
+    ray_address: str | None = Field(
+        None, description="a running Ray cluster, as HOST:PORT or auto; a cluster of this machine alone unless given"
+    )
+
+    @model_validator(mode="after")
+    def _ray_has_workers(self) -> LaunchSettings:
+        for name in ("workers", "ray_address"):
+            if self.launcher == "local" and getattr(self, name) is not None:
+                raise ValueError(f"{name}={getattr(self, name)!r} needs launcher=ray; local runs in this process alone")
+        return self
 
 
 class VerifySettings(BaseModel):

@@ -31,3 +31,7 @@ class UnmaskerError(DCacheError):
 
 class NumericsError(DCacheError):
     """The model produced NaN or Inf: the message names the step and the first layer that did."""
+
+
+class WorkerError(DCacheError):
+    """Workers of a launcher were lost again and again: the message names what they were doing, and the last reason."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from html import escape
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -22,6 +23,7 @@ from dcache.policy import CachePolicy
 from dcache.reuse import ReuseCache
 from dcache.state import Embeddings, Span, State
 from dcache.tasks.base import Problem
+from dcache.text import printable
 from dcache.trace import Step, Trace
 from dcache.unmasking.base import Unmasker
 
@@ -70,7 +72,25 @@ class Output:
     text: str | None
     tokens: list[int]
     canvas: list[int]
-    trace: Trace
+    trace: Trace = field(repr=False)
+
+    @property
+    def summary(self) -> str:
+        """What it cost, in a line."""
+        trace, n = self.trace, len(self.tokens)
+        regions = trace.regions
+        rate = n / trace.seconds if trace.seconds else 0.0
+        parts = ", ".join(f"{name} {100 * region.row_share:.0f} %" for name, region in regions.items())
+        return (
+            f"{n} tokens, {trace.nfe} forward calls, {100 * trace.row_share:.0f} % of the rows"
+            f"{f' ({parts})' if regions['image'].rows else ''}, "
+            f"{trace.refreshes} refreshes, {trace.seconds:.2f} s, {rate:.1f} tok/s"
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the text, as text whatever it holds, and what it cost."""
+        shown = escape(printable("no tokenizer" if self.text is None else self.text))
+        return f'<div><div style="white-space:pre-wrap">{shown}</div><small>{escape(self.summary)}</small></div>'
 
 
 def settings_from(**settings: Any) -> DecodeSettings:

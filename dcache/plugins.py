@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from os import PathLike
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from dcache.models.family import Family
-    from dcache.models.loading import Model
+    from dcache.models.loading import Model, Source
     from dcache.policy import CachePolicy
     from dcache.tasks.base import Task
     from dcache.unmasking.base import Sampling, Unmasker
@@ -296,4 +296,13 @@ def load_model(
     from dcache.models import loading
 
     families = [entry.thing() for entry in plugins().models.entries.values()]
-    return loading.load_model(source, device=device, dtype=dtype, revision=revision, family=family, families=families)
+    model = loading.load_model(source, device=device, dtype=dtype, revision=revision, family=family, families=families)
+    kind = str(model.dtype).removeprefix("torch.")
+    return replace(model, source=loading.Source.of(source, model.device.type, kind, revision, family))
+
+
+def load(source: Source) -> Model:
+    """The model of a source."""
+    return load_model(
+        source.name, device=source.device, dtype=source.dtype, revision=source.revision, family=source.family
+    )

@@ -92,6 +92,10 @@ class CachePolicy(ABC):
     """Knobs that make it equal to no cache, e.g. ``"interval=1"``; "" if every configuration is. Checked by
     `dcache.testing` and ``dcache verify``."""
 
+    remembers: ClassVar[str | None] = None
+    """Knobs with which something outlives a request and changes the tokens of later ones, e.g. ``"fill=first"``; "" if
+    it always does. The requests of such a policy are not spread over several processes."""
+
     config: PolicyConfig
 
     def __init_subclass__(cls, **more: Any) -> None:

@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -25,12 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from dcache.files import cache_folder, write_whole
+
 if TYPE_CHECKING:
     from dcache.engine.network import Weights
 
 log = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "DCACHE_CACHE_DIR"
 FORMAT = "1"  # part of the key: raise it when files of an earlier version must not be read
 
 
@@ -73,10 +71,7 @@ def proxy(w: Tensor, rank: int) -> Tensor:
 
 def folder() -> Path:
     """Where proxies are kept: below $DCACHE_CACHE_DIR, or the user's cache folder."""
-    if given := os.environ.get(FOLDER_VARIABLE):
-        return Path(given) / "proxies"
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "dcache" / "proxies"
+    return cache_folder() / "proxies"
 
 
 def checksum(weights: Weights, rank: int) -> str:
@@ -110,20 +105,10 @@ def _read(file: Path, weights: Weights, rank: int) -> Proxies | None:
 
 def _keep(file: Path, proxies: Proxies) -> None:
     """Write a file as a whole or not at all; a run goes on without it."""
-    content = save({str(layer): x.cpu().contiguous() for layer, x in proxies.items()})
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=file.stem[:16], suffix=".part", dir=file.parent)
-        try:
-            with os.fdopen(handle, "wb") as part:
-                part.write(content)
-            os.replace(name, file)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
+        write_whole(file, save({str(layer): x.cpu().contiguous() for layer, x in proxies.items()}))
     except OSError as error:
         log.warning("singular proxies are not kept in %s (%s); the next run computes them again", file.parent, error)
 
 
-__all__ = ["FOLDER_VARIABLE", "Proxies", "checksum", "folder", "proxy", "value_proxies"]
+__all__ = ["Proxies", "checksum", "folder", "proxy", "value_proxies"]

@@ -42,6 +42,7 @@ WIDTH = 100
 NAME_WIDTH = 32  # a longer name of a policy takes a line of its own, so that one does not push all numbers aside
 FEW_PROBLEMS = 30
 LOW_ACCURACY = 0.2
+NOTHING = "No problem was finished by all policies yet."
 Z = 2  # standard errors that a difference must exceed
 
 
@@ -108,6 +109,23 @@ class Standing:
     cache_bytes: int
     peak_bytes: int | None
     regions: dict[str, Part] | None
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """The fields; those of a region as ``image_row_share``, ..., None where results do not say."""
+        whole = {field: getattr(self, field) for field in Standing.__dataclass_fields__ if field != "regions"}
+        parts = {name: None if self.regions is None else self.regions[name] for name in REGIONS}
+        return whole | {
+            f"{name}_{field}": None if part is None else getattr(part, field)
+            for name, part in parts.items()
+            for field in Part.__dataclass_fields__
+        }
+
+
+def flat_names() -> list[str]:
+    """The names in `Standing.flat`, in their order."""
+    whole = [field for field in Standing.__dataclass_fields__ if field != "regions"]
+    return whole + [f"{name}_{field}" for name in REGIONS for field in Part.__dataclass_fields__]
 
 
 # From results to standings
@@ -295,7 +313,8 @@ def heading(conditions: Conditions) -> list[str]:
     """The conditions in two lines: what ran, and on what."""
     c, run = conditions, conditions.settings
     threads = "" if c.threads is None else f", {c.threads} thread{'s' * (c.threads != 1)}"
-    place = f"{c.device.upper() if c.device == 'cpu' else 'GPU'} {c.device_name}{threads}"
+    workers = f", {c.workers} workers" if c.workers > 1 else ""
+    place = f"{c.device.upper() if c.device == 'cpu' else 'GPU'} {c.device_name}{threads}{workers}"
     size = c.n_parameters
     weights = f"{size / 1e9:.1f}B" if size >= 1e9 else f"{size / 1e6:.1f}M" if size >= 1e6 else f"{size / 1e3:.0f}k"
     blocks = not all("window=" in entrant.unmask for entrant in c.policies)  # a sliding window knows none
@@ -342,7 +361,7 @@ def table(conditions: Conditions, rows: Sequence[Standing]) -> str:
     """Conditions, one line per policy and the summary, as plain text with a final newline."""
     lines = heading(conditions)
     if not rows:
-        return "\n".join([*lines, "", "No problem was finished by all policies yet.", ""])
+        return "\n".join([*lines, "", NOTHING, ""])
     lines += _grid(columns(rows), rows)
     if with_images(rows):
         lines += ["", *by_region(rows)]
@@ -356,7 +375,7 @@ def by_region(rows: Sequence[Standing]) -> list[str]:
 
 
 def with_images(rows: Sequence[Standing]) -> bool:
-    """Whether a prompt had an image."""
+    """Whether any prompt has an image, so that a table by region says something."""
     return any(row.regions is not None and row.regions["image"].row_share is not None for row in rows)
 
 
@@ -508,7 +527,7 @@ def markdown(conditions: Conditions, rows: Sequence[Standing]) -> str:
     """The table for a README or an issue."""
     grid = _pipes(columns(rows), rows)
     grid += ["", *_pipes(region_columns(rows), rows)] if with_images(rows) else []
-    body = [*grid, "", summary(conditions, rows)] if rows else ["No problem was finished by all policies yet."]
+    body = [*grid, "", summary(conditions, rows)] if rows else [NOTHING]
     return "\n".join([" ".join(heading(conditions)), "", *body, ""])
 
 
@@ -532,21 +551,7 @@ def as_json(conditions: Conditions, rows: Sequence[Standing]) -> str:
 def as_csv(conditions: Conditions, rows: Sequence[Standing]) -> str:
     """The standings, one line per policy, numbers in the units that their names end in."""
     out = io.StringIO()
-    whole = [field for field in Standing.__dataclass_fields__ if field != "regions"]
-    parts = {f"{name}_{field}": (name, field) for name in REGIONS for field in Part.__dataclass_fields__}
-    writer = csv.DictWriter(out, [*whole, *parts], lineterminator="\n")
+    writer = csv.DictWriter(out, flat_names(), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        values = {field: getattr(row, field) for field in whole}
-        if (regions := row.regions) is not None:
-            values |= {column: getattr(regions[name], field) for column, (name, field) in parts.items()}
-        writer.writerow(values)
+    writer.writerows(row.flat for row in rows)
     return out.getvalue()
-
-
-FORMATS: dict[str, Callable[[Conditions, Sequence[Standing]], str]] = {
-    "table": table,
-    "json": as_json,
-    "csv": as_csv,
-    "markdown": markdown,
-}

@@ -6,19 +6,34 @@ resumed comparison adds its own conditions line, with its own start, before what
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from time import monotonic
+from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dcache.errors import UsageError
 from dcache.regions import Region
 
+log = logging.getLogger(__name__)
+
 FILE = "results.jsonl"
-MAY_GROW = frozenset({"started", "limit", "n_problems", "repeats"})
+SYNC_EVERY_S = 5.0  # a sync may take longer than a short text; a process that is killed loses nothing in any case
+CURES = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room within the quota",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EACCES: "make the folder writable",
+    errno.EPERM: "make the folder writable",
+    errno.EROFS: "make the folder writable",
+}
+MAY_GROW = frozenset({"started", "limit", "n_problems", "repeats", "workers"})
 """Conditions in which a resumed comparison may differ: they change no result, only how many there are."""
 
 
@@ -60,6 +75,7 @@ class Conditions(BaseModel):
         settings: of decoding: gen_length, block_length, batch_size, ...; ``unmask`` is what was asked for.
         policies: in the order of the table, the reference first.
         started: UTC, ISO 8601.
+        workers: processes that decode side by side, each on a GPU or with threads of its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,6 +101,7 @@ class Conditions(BaseModel):
     settings: dict[str, Any]
     policies: list[Entrant]
     started: str
+    workers: int = 1
 
     @property
     def reference(self) -> str:
@@ -229,6 +246,10 @@ def _parse(line: bytes, where: str) -> Conditions | Result:
 class ResultFile:
     """The results of one comparison on disk: what is there already, and room for more.
 
+    What `write` returned from is in the file whatever becomes of the process; a power cut may cost the last
+    `SYNC_EVERY_S` seconds. A write that fails leaves the file as it was before. If the folder is deleted or moved while
+    the comparison goes on, the next write puts the whole file back.
+
     Args:
         folder: made if it does not exist; a comparison of the same conditions in it is continued.
         conditions: of the comparison that goes on now.
@@ -244,30 +265,27 @@ class ResultFile:
         self.path = Path(folder) / FILE
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.stream = self.path.open("ab", buffering=0)
+            self.stream = self.path.open("a+b", buffering=0)
         except OSError as error:
-            raise UsageError(f"results cannot be written to {self.path}: {error.strerror}") from error
+            raise _unwritable(self.path, error, 0) from error
+        self.n_results = 0
         try:
-            self._lock()
+            lock(self.stream, self.path)
             earlier, self.results, n_bytes = read_results(self.path)
             for entry in earlier if self.results else ():
                 self._same(entry, conditions)
-            self.stream.truncate(n_bytes if self.results else 0)  # what failed before its first result binds nobody
+            self.n_bytes = n_bytes if self.results else 0  # what failed before its first result binds nobody
+            self.n_results = len(self.results)
+            self.stream.truncate(self.n_bytes)
             self._append(line_of(conditions))
+            self._sync()
+            _sync_folder(self.path.parent)
+        except OSError as error:
+            self.stream.close()
+            raise _unwritable(self.path, error, self.n_results) from error
         except BaseException:
             self.stream.close()
             raise
-
-    def _lock(self) -> None:
-        """Keep a second process out; the lock goes with the process."""
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system
-            return
-        try:
-            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(f"{self.path} is being written by another comparison; choose another directory") from error
 
     def _same(self, earlier: Conditions, now: Conditions) -> None:
         found = earlier.difference(now)
@@ -279,16 +297,134 @@ class ResultFile:
             )
 
     def write(self, results: Iterable[Result]) -> None:
-        """Append results, all at once."""
-        self._append(b"".join(line_of(result) for result in results))
+        """Append results: all of them, or none if that fails."""
+        results = list(results)
+        try:
+            self._check_place()
+            self._append(b"".join(line_of(result) for result in results))
+            self.n_results += len(results)
+            if monotonic() - self.synced > SYNC_EVERY_S:
+                self._sync()
+        except OSError as error:
+            raise _unwritable(self.path, error, self.n_results) from error
 
     def _append(self, data: bytes) -> None:
+        _write_all(self.stream, data, self.n_bytes)
+        self.n_bytes += len(data)
+
+    def _check_place(self) -> None:
+        """See that the path still leads to our file, and that nobody else wrote into it."""
+        mine = os.fstat(self.stream.fileno())
         try:
-            while data:
-                data = data[self.stream.write(data) :]
+            there = self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            self._put_back()
+            return
+        if not os.path.samestat(mine, there) or mine.st_size != self.n_bytes:
+            what = "changed" if os.path.samestat(mine, there) else "replaced"
+            raise UsageError(
+                f"{self.path} was {what} by another program while this comparison ran. It stops here, so that two are "
+                "not mixed; choose another directory"
+            )
+
+    def _put_back(self) -> None:
+        """Write the file anew from what is still open, although its path is gone."""
+        self.stream.seek(0)
+        data = self.stream.read(self.n_bytes)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        again = self.path.open("x+b", buffering=0)
+        try:
+            lock(again, self.path)
+            _write_all(again, data, 0)
+        except BaseException:
+            again.close()
+            raise
+        self.stream.close()
+        self.stream = again
+        self._sync()
+        log.warning("%s was deleted or moved while it was in use; it is written again, with all results", self.path)
+
+    def _sync(self) -> None:
+        """Have the system write to the disk what it holds back; a file that cannot be synced is none on a disk."""
+        self.synced = monotonic()
+        try:
+            os.fsync(self.stream.fileno())
         except OSError as error:
-            raise UsageError(f"results cannot be written to {self.path}: {error.strerror}") from error
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
 
     def close(self) -> None:
         """Let go of the file."""
-        self.stream.close()
+        if self.stream.closed:
+            return
+        try:
+            self._sync()
+        except OSError as error:
+            raise _unwritable(self.path, error, self.n_results) from error
+        finally:
+            self.stream.close()
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise UsageError if results cannot be written to a folder, as far as that shows without touching anything.
+
+    `ResultFile` finds out in any case; this is for a moment at which less time is lost.
+    """
+    file = Path(folder) / FILE
+    place = next((p for p in file.absolute().parents if os.path.exists(p)), Path.cwd())
+    wanted = file if os.path.exists(file) else place
+    try:
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(wanted, os.R_OK | os.W_OK | (os.X_OK if wanted is place else 0)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if wanted is file:
+            with file.open("r+b") as stream:
+                lock(stream, file)
+    except OSError as error:
+        raise _unwritable(file, error, 0) from error
+
+
+def lock(stream: IO[bytes], path: Path) -> None:
+    """Keep a second process out of a file; the lock goes with the stream. Raises UsageError if there is one already."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # others say that this file system has no locks
+            raise UsageError(f"{path} is being written by another comparison; choose another directory") from error
+
+
+def _write_all(stream: IO[bytes], data: bytes, end: int) -> None:
+    """Write to the end of a file of `end` bytes, and leave it at that if not all of `data` fits."""
+    try:
+        while data:
+            data = data[stream.write(data) :]
+    except OSError:
+        stream.truncate(end)  # what fitted is no whole line, and the next one must not join it
+        stream.seek(end)
+        raise
+
+
+def _unwritable(path: Path, error: OSError, n_results: int) -> UsageError:
+    """What happened, what is kept, and how to go on."""
+    found = f"results cannot be written to {path}: {error.strerror}"
+    if n_results == 0:
+        cure = CURES.get(error.errno or 0)
+        return UsageError(f"{found}; {'' if cure is None else f'{cure}, or '}choose another directory")
+    kept = "The 1 result in it is" if n_results == 1 else f"The {n_results} results in it are"
+    cure = CURES.get(error.errno or 0, "see to it")
+    return UsageError(f"{found}. {kept} kept: {cure}, then do the same again, and it continues from there")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the name of a new file written to the disk, where the system can."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

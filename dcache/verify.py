@@ -18,6 +18,7 @@ from dcache.errors import UsageError
 from dcache.generate import Output, Runner, settings_from
 from dcache.models.loading import Model
 from dcache.plugins import explain, load_model, make_policy, plugins
+from dcache.testing.claims import CLAIMS
 from dcache.testing.golden import Case, cases
 from dcache.testing.search import Verdict, describe, judge_all
 from dcache.testing.subject import Subject
@@ -33,9 +34,21 @@ def verify_settings(**settings: Any) -> VerifySettings:
         raise UsageError("; ".join(explain("the check", VerifySettings, e) for e in error.errors())) from None
 
 
-def verify(
-    policy: str, *, golden: str | Path | None = None, model: str | None = None, **settings: Any
-) -> Iterator[Verdict]:
+class Verdicts(Iterator[Verdict]):
+    """Verdicts, each found when it is asked for.
+
+    Attributes:
+        total: how many there will be.
+    """
+
+    def __init__(self, each: Iterator[Verdict], total: int):
+        self.each, self.total = each, total
+
+    def __next__(self) -> Verdict:
+        return next(self.each)
+
+
+def verify(policy: str, *, golden: str | Path | None = None, model: str | None = None, **settings: Any) -> Verdicts:
     """Verdicts on an installed policy, one by one; what was asked for is checked before the first.
 
     Args:
@@ -49,11 +62,15 @@ def verify(
     """
     make_policy(policy)
     how = verify_settings(**settings)
-    runs = None if golden is None else _runs(Path(golden))
+    name = parse_call(policy).name
+    runs = None if golden is None else [case for case in _runs(Path(golden)) if _is_of(case, name)]
     loaded = None if model is None else load_model(model, dtype=torch.float32)
     if loaded is not None and loaded.tokenizer is None:
         raise UsageError(f"--model {model} has no tokenizer, and the problems of gsm-mini are texts; give another")
-    return _verdicts(Subject(policy, patience=how.patience), policy, how, runs, golden, loaded)
+    subject = Subject(policy, patience=how.patience)
+    total = len(CLAIMS) + (0 if runs is None else max(len(runs), 1))
+    total += 0 if loaded is None else len(_exact_calls(subject)) + 1
+    return Verdicts(_verdicts(subject, policy, how, runs, golden, loaded), total)
 
 
 def _runs(folder: Path) -> list[Case]:
@@ -86,14 +103,15 @@ def source_of(policy: str) -> str:
     return plugins().policies.get(parse_call(policy).name).source
 
 
+def _is_of(case: Case, name: str) -> bool:
+    """Whether a recorded run is of a method whose name begins with that of the policy: ``dkv-cache-pd`` for ``dkv``."""
+    method = str(case.data["method"]).replace("_", "-")
+    return method == name or method.startswith(f"{name}-")
+
+
 def _recorded(name: str, runs: list[Case], folder: str) -> Iterator[Verdict]:
-    """Every recorded run of a method whose name begins with that of the policy: ``dkv-cache-pd`` for ``dkv``."""
-    found = False
+    """Every recorded run of the policy."""
     for case in runs:
-        method = str(case.data["method"]).replace("_", "-")
-        if method != name and not method.startswith(f"{name}-"):
-            continue
-        found = True
         claim, text = f"golden:{case.name}", f"the recorded run {case.name} is reproduced"
         try:
             if reason := case.unsupported:
@@ -106,8 +124,13 @@ def _recorded(name: str, runs: list[Case], folder: str) -> Iterator[Verdict]:
             yield Verdict(claim, text, "fail", describe(error), case.name, snippet)
         else:
             yield Verdict(claim, text, "pass")
-    if not found:
+    if not runs:
         yield Verdict("golden", "recorded runs are reproduced", "n/a", f"{folder} has no run of a method {name!r}")
+
+
+def _exact_calls(subject: Subject) -> list[str]:
+    """The configurations that equal no cache on any canvas, as they are written."""
+    return [exact.policy for exact in subject.exacts if not exact.on and isinstance(exact.policy, str)]
 
 
 def _on_model(subject: Subject, policy: str, model: Model, seed: int) -> Iterator[Verdict]:
@@ -121,7 +144,7 @@ def _on_model(subject: Subject, policy: str, model: Model, seed: int) -> Iterato
         return Runner(model, text, settings).run(prompts)
 
     reference = run("none")
-    for text in [exact.policy for exact in subject.exacts if not exact.on and isinstance(exact.policy, str)]:
+    for text in _exact_calls(subject):
         off = [b for b, (mine, want) in enumerate(zip(run(text), reference, strict=True)) if mine.canvas != want.canvas]
         detail = f"the texts of problems {off} differ" if off else ""
         yield Verdict("model:exact", f"{text} decodes what none decodes {where}", "fail" if off else "pass", detail)

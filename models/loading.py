@@ -55,6 +55,39 @@ _VISION = "vision."  # before the names of the vision part's parameters, where t
 
 
 @dataclass(frozen=True)
+class Source:
+    """How a model is loaded: what another process needs to load it too.
+
+    Attributes:
+        name: what `load_model` takes; a folder with its whole path.
+        device: "cpu", "cuda", or None for the GPU if there is one.
+        dtype: of weights and computation; None for that of the device.
+        revision: branch, tag or commit of a hub id.
+        family: adapter to use whatever the config declares.
+        weights: fingerprint that the loaded weights must have; None if any will do.
+    """
+
+    name: str
+    device: str | None = None
+    dtype: str | None = None
+    revision: str | None = None
+    family: str | None = None
+    weights: str | None = None
+
+    @staticmethod
+    def of(
+        source: str | PathLike[str],
+        device: str | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        family: str | None = None,
+    ) -> "Source":
+        """The source of arguments of `load_model`; a folder of this machine gets its whole path."""
+        folder = _local(str(source))
+        return Source(str(source) if folder is None else str(folder.resolve()), device, dtype, revision, family)
+
+
+@dataclass(frozen=True)
 class Model:
     """A loaded model.
 
@@ -64,6 +97,7 @@ class Model:
         transformer: the weights.
         tokenizer: None if the checkpoint has none, or the weights are random.
         vision: what makes rows of images; None for a model of text alone.
+        source: how it was loaded; None if it was made by hand.
     """
 
     name: str
@@ -71,6 +105,7 @@ class Model:
     transformer: Transformer
     tokenizer: Tokenizer | None = None
     vision: Vision | None = None
+    source: Source | None = None
 
     @property
     def device(self) -> torch.device:

@@ -96,6 +96,11 @@ class Tokenizer:
         """Whether the checkpoint has a chat template; base models have none."""
         return self._template is not None
 
+    @property
+    def template(self) -> str | None:
+        """Jinja source of the chat template, None if the checkpoint has none."""
+        return self._template_text if self.has_template else None
+
     def token_id(self, name: str) -> int | None:
         """Id of one token by its exact text, None if there is no such token."""
         found: int | None = self._backend.token_to_id(name)

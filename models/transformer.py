@@ -279,11 +279,25 @@ class Transformer(nn.Module):
         Returns:
             logits (batch, seq, vocab), not shifted: row i as it comes out of the head.
         """
+        h = self.hidden(tokens, embeddings=embeddings, valid=valid, keep=keep)
+        if keep is not None:
+            keep["final_norm"] = rms_norm(h, self.norm, self.spec.norm_eps)
+        return self.logits(h)
+
+    def hidden(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        valid: Tensor | None = None,
+        keep: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """As `forward`, without norm and head: (batch, seq, d_model), of which `logits` takes the rows one needs."""
         h = self.embed(tokens) if embeddings is None and tokens is not None else embeddings
         if h is None:
             raise ValueError("give tokens or embeddings")
-        keep = {} if keep is None else keep
-        keep["embeds"] = h
+        if keep is not None:
+            keep["embeds"] = h
         cos, sin = self.angles(torch.arange(h.shape[1], device=h.device)[None])
         visible = None if valid is None or bool(valid.all()) else valid[:, None]
         for i, block in enumerate(self.blocks()):
@@ -291,6 +305,6 @@ class Transformer(nn.Module):
             o = attend(q, k, v, visible).transpose(1, 2).flatten(2)
             h = h + block.output(o)
             h = h + block.ffn(h)
-            keep.update({f"q.{i}": q, f"k.{i}": k, f"v.{i}": v, f"hidden.{i}": h})
-        keep["final_norm"] = rms_norm(h, self.norm, self.spec.norm_eps)
-        return self.logits(h)
+            if keep is not None:
+                keep.update({f"q.{i}": q, f"k.{i}": k, f"v.{i}": v, f"hidden.{i}": h})
+        return h

@@ -113,9 +113,8 @@ class D2Cache(CachePolicy):
                 both = zip(selection, self.selection, strict=True)
                 selection = Selection(*(np.where(self.ran[:, None], now, before) for now, before in both))
             self.selection = selection
-            rows = self.selection.rows | begins[:, None]
-            if self.config.couple_batch:
-                rows = rows | self._top_up(state, self.selection)
+            rows = selection.rows | begins[:, None]
+            rows = rows | self._top_up(state, selection) if self.config.couple_batch else rows
         self.masked, self.block, self.ran = state.masked, state.block, state.active
         reread = begins if self.config.confidence == "first" else state.active
         watch = state.predicted_by(rows) & state.masked & reread[:, None] if reread.any() else None
@@ -147,8 +146,7 @@ class D2Cache(CachePolicy):
     def _recall(self, state: State) -> None:
         """Take over the confidences that the released code keeps, those of the first step, or all."""
         assert state.seen is not None
-        wanted = (state.step == 1) | (self.config.confidence == "latest")
-        if wanted.any():
+        if (wanted := (state.step == 1) | (self.config.confidence == "latest")).any():
             fresh = self.masked & np.isfinite(state.seen.confidence) & wanted[:, None]
             self.confidence = np.where(fresh, state.seen.confidence, self.confidence)
 
@@ -164,8 +162,7 @@ class D2Cache(CachePolicy):
 
     def _prior(self, state: State) -> tuple[NDArray[np.float64], Bools]:
         """Stage 1 (section 3.2): score of every position, and M*."""
-        score = self.confidence * densities(state, state.known, self.config.sigma)
-        search = state.masked
+        score, search = self.confidence * densities(state, state.known, self.config.sigma), state.masked
         if self.config.search != "all":
             block = self.block & self.masked if self.config.search == "released" else state.block
             top = score[self.ran].max() if self.config.couple_batch else score.max(1, keepdims=True)

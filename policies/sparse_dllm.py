@@ -114,8 +114,7 @@ class SparseDLLM(Filter):
     def begin(self, net: Network, state: State) -> None:
         """Nothing is hidden."""
         super().begin(net, state)
-        shape = (net.spec.n_layers, net.batch, 1, net.slots)
-        self.shown = net.buffer(f"{NAME} shown", shape, torch.bool).fill_(True)
+        self.shown = net.buffer(f"{NAME} shown", (net.spec.n_layers, net.batch, 1, net.slots), torch.bool).fill_(True)
         self.room = self.capacity(state)
 
     @torch.inference_mode()
@@ -136,7 +135,7 @@ class SparseDLLM(Filter):
             self._fits(state, count, scoring)
             flags = {SCORES: scoring, BLOCK: state.block, COUNT: count}
             plan = replace(plan, sets={**plan.sets, CANDIDATES: candidates}, flags={**plan.flags, **flags})
-        return replace(plan, visible=self._seen(plan.visible)) if hidden.any() else plan
+        return replace(plan, visible=self._seen(plan.visible, scoring)) if hidden.any() else plan
 
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """The inner layer; then the choice, which holds from the next pass on."""
@@ -188,9 +187,12 @@ class SparseDLLM(Filter):
         if self.config.compact and self.room is not None and most > self.room:
             raise UsageError(f"compact=true has room for {self.room} keys, but a block needs {most}; leave it out")
 
-    def _seen(self, visible: Bools | Tensor | None) -> Tensor:
+    def _seen(self, visible: Bools | Tensor | None, scoring: Bools) -> Tensor:
         """What the inner policy shows and this filter has not evicted, on the device."""
+        mine = self.shown
+        if scoring.any():  # they see everything: before a second pass the first has made their choice
+            mine = mine | torch.from_numpy(scoring).to(mine.device)[:, None, None]
         if visible is None:
-            return self.shown
-        shown = torch.from_numpy(visible).to(self.shown.device) if isinstance(visible, np.ndarray) else visible
-        return (shown[:, None] if shown.dim() == 2 else shown) & self.shown
+            return mine
+        shown = torch.from_numpy(visible).to(mine.device) if isinstance(visible, np.ndarray) else visible
+        return (shown[:, None] if shown.dim() == 2 else shown) & mine

@@ -77,6 +77,7 @@ class VLCache(Filter):
     paper = "VLCache, arXiv 2512.12977; ACache, arXiv 2608.26140"
     pairs_with = "threshold(threshold=0.9)"
     exact = "inner=none,ratio=1"
+    remembers = "fill=first"
     config: Config
     _sum: Tensor  # of a pass: what its masks attend to, layers so far; (batch, slots + 1)
 
@@ -102,8 +103,7 @@ class VLCache(Filter):
         own = set(self.inner.stores(spec)) - {"H", "Q"}
         if own:
             told = f"replays outputs of rows that it does not compute (stores {', '.join(sorted(own))})"
-            advice = "wrap a policy that computes the rows of its plans"
-            return f"{self.inner.name} {told}, and a reused row has none; {advice}"
+            return f"{self.inner.name} {told}, and a reused row has none; wrap one that computes the rows of its plans"
         return super().refuses(spec, unmasker)
 
     def prepare(self, weights: Weights) -> None:

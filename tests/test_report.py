@@ -7,6 +7,7 @@ import json
 import pytest
 
 from dcache import report
+from dcache.formats import FORMATS, latex, page
 from dcache.regions import Region
 from dcache.results import Conditions, Entrant, Result
 from dcache.text import printable
@@ -138,6 +139,7 @@ def test_rows_and_refreshes_by_region_stand_below_the_table():
     rows = report.standings(given, PICTURED)
     assert BY_REGION in report.table(given, rows)
     assert "| policy | image rows | image of all | image refreshes | text rows |" in report.markdown(given, rows)
+    assert latex(given, rows).count(r"\begin{tabular}") == page(given, rows, []).count("<table>") == 2
     dkv = rows[1].regions
     assert dkv["image"].refreshed_share == 12 / 48
     assert [p.of_refreshed for p in dkv.values()] == [12 / 56, 20 / 56, 24 / 56]
@@ -250,7 +252,7 @@ def test_the_summary_says_so_when_nothing_was_faster_than_the_reference():
 
 def test_an_empty_comparison_has_a_table_too():
     given = conditions("none", "dkv")
-    for write in report.FORMATS.values():
+    for write in FORMATS.values():
         assert write(given, [])
     assert report.warnings(given, []) == []
 

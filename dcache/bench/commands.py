@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -24,11 +23,13 @@ from dcache.bench.reports import (
     StageResult,
     read,
     write,
+    write_text,
 )
 from dcache.calls import split_list
 from dcache.errors import UsageError
 from dcache.models.loading import DTYPES
 from dcache.plugins import BUILT_IN, explain, load_model, plugins
+from dcache.progress import meter, note
 from dcache.text import printable
 
 HEAD_ROWS = 32
@@ -73,8 +74,10 @@ def kernels(
         raise UsageError("`bench kernels` needs a CUDA device; on a CPU every op is its torch twin")
     with torch.cuda.device(place):
         report = KernelReport(conditions=conditions(place, kind), ceilings=bench.ceilings(place, kind))
-        for result in bench.results(names, place, kind, report.ceilings):
-            report = _added(report, result, out, f"{result.op}, {result.model}, {result.size}")
+        with meter("measuring", bench.n_cases(names), "case", lines=False) as bar:
+            for result in bench.results(names, place, kind, report.ceilings):
+                report = _added(report, result, out, f"{result.op}, {result.model}, {result.size}")
+                bar.advance()
     _finish(report)
     if any(result.failure for result in report.results):
         raise typer.Exit(1)
@@ -97,9 +100,11 @@ def floor(
     loaded = load_model(model, device=device, dtype=dtype)
     report = FloorReport(conditions=conditions(loaded.device, loaded.dtype, loaded))
     measured = Floor(loaded.transformer)
-    for n in counts:
-        result = point(loaded.transformer, n, head_rows, measured.measure(n, head_rows))
-        report = _added(report, result, out, f"{n} rows")
+    with meter("measuring", len(counts), "row count", lines=False) as bar:
+        for n in counts:
+            result = point(loaded.transformer, n, head_rows, measured.measure(n, head_rows))
+            report = _added(report, result, out, f"{n} rows")
+            bar.advance()
     _finish(report)
 
 
@@ -148,10 +153,12 @@ def e2e(
     measured = bench.floor_of(loaded, settings, image_rows)
     found = conditions(loaded.device, loaded.dtype, loaded)
     report = EndToEndReport(conditions=found, settings=settings, image_rows=image_rows)
-    for result in bench.results(loaded, lines, measured, _profiles(split, trace)):
-        report = report.model_copy(update={"floor": measured.curve()})
-        p50 = "failed" if result.all is None else f"p50 {result.all.p50:.2f} ms"
-        report = _added(report, result, out, f"{result.policy}, batch {result.batch}: {p50}")
+    with meter("measuring", len(lines), "line", lines=False) as bar:
+        for result in bench.results(loaded, lines, measured, _profiles(split, trace)):
+            report = report.model_copy(update={"floor": measured.curve()})
+            p50 = "failed" if result.all is None else f"p50 {result.all.p50:.2f} ms"
+            report = _added(report, result, out, f"{result.policy}, batch {result.batch}: {p50}")
+            bar.advance()
     _finish(report)
 
 
@@ -187,10 +194,12 @@ def images(
     vision_of(loaded)
     found, host = conditions(loaded.device, loaded.dtype, loaded), device_name(torch.device("cpu"))
     report = ImageReport(conditions=found, host=host, settings=settings)
-    for result in bench.results(loaded, settings):
-        name = "stages" if isinstance(result, StageResult) else result.policy
-        how = "failed" if result.failure else "done"
-        report = _added(report, result, out, f"{name}, {result.size} x {result.size}: {how}")
+    with meter("measuring", len(settings.sizes) * (1 + len(settings.policies)), "line", lines=False) as bar:
+        for result in bench.results(loaded, settings):
+            name = "stages" if isinstance(result, StageResult) else result.policy
+            how = "failed" if result.failure else "done"
+            report = _added(report, result, out, f"{name}, {result.size} x {result.size}: {how}")
+            bar.advance()
     _finish(report)
 
 
@@ -262,8 +271,8 @@ def _added(report: R, result: Any, out: Path | None, told: str) -> R:
         model = report.conditions.model
         name = report.kind if model is None else f"{report.kind}-{Path(model).name.replace(':', '-')}"
         write(report, out / f"{name}.json")
-        (out / f"{name}.md").write_text(tables.combined(tables.tables(report)), encoding="utf-8")
-    print(printable(told), file=sys.stderr, flush=True)
+        write_text(tables.combined(tables.tables(report)), out / f"{name}.md")
+    note(told)
     return report
 
 

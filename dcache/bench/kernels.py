@@ -45,6 +45,11 @@ def checked(ops: Sequence[str] | None) -> list[str]:
     return [*OPS] if ops is None else [*ops]
 
 
+def n_cases(ops: Iterable[str]) -> int:
+    """How many results there will be."""
+    return sum(len(OPS[name].of(model)) for name in ops for model in MODELS)
+
+
 def results(ops: Iterable[str], device: torch.device, dtype: torch.dtype, limits: Ceilings) -> Iterator[KernelResult]:
     """Run every case of some ops; one that fails says why, and the next one runs."""
     specs = {model: load_model(model, device="meta").spec for model in MODELS}

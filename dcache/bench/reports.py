@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dcache.errors import UsageError
+from dcache.files import write_whole
 from dcache.unmasking.base import MOST
 
 WIDEST = 8192  # pixels of an image's side
@@ -389,9 +390,13 @@ def write(report: Report, file: Path) -> None:
     """Write a report, lists of numbers on one line."""
     text = json.dumps(report.model_dump(mode="json"), indent=1)
     text = POINTS.sub(lambda found: "[" + ", ".join(re.split(r",\s+", found[1])) + "]", text)
+    write_text(text + "\n", file)
+
+
+def write_text(text: str, file: Path) -> None:
+    """Write a text, as a whole or not at all: the results before the latest one are in the file that it replaces."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n", encoding="utf-8")
+        write_whole(file, text.encode())
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}") from error
 

@@ -253,31 +253,33 @@ class Recorder:
     """
 
     def __init__(self, run: Run, folder: str | os.PathLike[str], texts: int = TEXTS, drift: bool = False):
-        self.run, self.drift = run, drift
-        self.texts = min(texts, len(run.prompts))
+        self.here, self.results, self.drift = run.here(), run.results, drift
+        self.texts = min(texts, len(self.here.prompts))
         self.file = RecordingFile(folder, run.conditions)
 
     @property
     def missing(self) -> list[str]:
         """Policies of which a recording is missing."""
-        return [name for name in self.run.runners if any(not self._has(name, i) for i in range(self.texts))]
+        return [name for name in self.here.runners if any(not self._has(name, i) for i in range(self.texts))]
 
     def _has(self, name: str, index: int) -> bool:
-        found = self.file.found.get((self.run.experiment.problems[index].id, name))
-        return found is not None and found.prompt == self.run.marks[index] and not (self.drift and found.drift is None)
+        found = self.file.found.get((self.here.experiment.problems[index].id, name))
+        return found is not None and found.prompt == self.here.marks[index] and not (self.drift and found.drift is None)
 
     def __iter__(self) -> Iterator[str]:
         """Record what is missing; yields the name of each policy once its recordings are written."""
-        size = self.run.experiment.settings.batch_size
+        size = self.here.experiment.settings.batch_size
         for name in self.missing:
-            runner = Runner(self.run.model, self.run.experiment.policies[name], self.run.experiment.settings, maps=True)
-            runner.reserve(self.run.prompts)
+            runner = Runner(
+                self.here.model, self.here.experiment.policies[name], self.here.experiment.settings, maps=True
+            )
+            runner.reserve(self.here.prompts)
             for begin in range(0, self.texts, size):  # in the batches that were measured
-                self.file.write(self._record(name, runner, range(begin, min(begin + size, len(self.run.prompts)))))
+                self.file.write(self._record(name, runner, range(begin, min(begin + size, len(self.here.prompts)))))
             yield name
 
     def _record(self, name: str, mapped: Runner, batch: range) -> list[Recording]:
-        prompts, measured = [self.run.prompts[i] for i in batch], self.run.runners[name]
+        prompts, measured = [self.here.prompts[i] for i in batch], self.here.runners[name]
         watch, meter = Stopwatch(measured.engine), DriftMeter()
         timed = decode(watch.engine, measured.state(prompts, batch))
         engine = cast(Engine, Watched(mapped.engine, meter)) if self.drift else mapped.engine
@@ -291,24 +293,24 @@ class Recorder:
         ]
 
     def _of(self, name: str, index: int, output: Output, times: Times, meter: DriftMeter) -> Recording:
-        problem, prompt, model = self.run.experiment.problems[index], self.run.prompts[index], self.run.model
+        problem, prompt, model = self.here.experiment.problems[index], self.here.prompts[index], self.here.model
         trace, at, n = output.trace, output.trace.index, output.trace.length
         mine = trace.mine
         rows, kv_rows = (np.stack([step.maps[kind][:, at, :n] for step in mine]) for kind in ("rows", "kv_rows"))
-        measured = self.run.results.get((0, problem.id, name))
+        measured = self.results.get((0, problem.id, name))
         candidates = [_candidates(step, at) for step in mine]
         used = {*prompt, *output.canvas, *(token for step in candidates for token in step.tokens)}
         drifts = [x[:, :, at] for x, step in zip(meter.steps, trace.steps, strict=False) if step.active[at]]
         return Recording(
             policy=name,
             problem=problem.id,
-            prompt=self.run.marks[index],
+            prompt=self.here.marks[index],
             question=problem.prompt,
             answer=problem.answer,
             prompt_ids=list(prompt),
             images=_images(prompt),
             n_layers=trace.n_layers,
-            block_length=self.run.experiment.settings.block_length,
+            block_length=self.here.experiment.settings.block_length,
             length=n,
             canvas=output.canvas,
             text=output.text,

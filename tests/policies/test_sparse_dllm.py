@@ -86,6 +86,15 @@ def test_no_pooling_equals_a_kernel_of_one(canvas: Canvas, keep: float) -> None:
     assert_same(found, expected, "kernel 1")
 
 
+def test_a_second_pass_of_the_step_that_scores_sees_everything_though_another_sequence_has_hidden_keys() -> None:
+    lengths = ((34, 4), (7, 4), (13, 4), (1, 4), (10, 8), (38, 8))
+    canvas = Canvas(seed=1, lengths=lengths, block_length=4, unmask="eb")
+    policy = "sparse-dllm(inner=elastic,keep=0.4,kernel=none)"
+    together = Run(policy, canvas).go()
+    assert any(step.again is not None and (step.again & step.active[:, None])[4].any() for step in together.trace)
+    same_decisions(together, 4, Run(policy, canvas, only=4).go(), 0, "the same sequence alone")
+
+
 # -- what is kept -----------------------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ def test_a_recording_agrees_with_its_measured_text(recorded):
 def test_maps_commits_and_confidences_are_those_of_a_trace(recorded, model):
     run, _, found = recorded
     for name, policy in run.experiment.policies.items():
-        trace = Runner(model, policy, run.experiment.settings, maps=True).run(run.prompts[:1], ids=[0])[0].trace
+        trace = Runner(model, policy, run.experiment.settings, maps=True).run(run.here().prompts[:1], ids=[0])[0].trace
         recording = found[run.experiment.problems[0].id, name]
         n = trace.length
         rows = recording.rows.mask()
