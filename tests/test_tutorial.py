@@ -187,7 +187,7 @@ def test_the_page_is_read_whole():
         "tests/test_conformance.py",
     ]
     assert [block.text for block in found if block.code] == [
-        "$ dcache verify 'nearby(reach=0,period=100)' --patience 1"
+        "$ dcache verify 'nearby(reach=0,period=100)' --patience 1 --examples 5"
     ]
 
 
