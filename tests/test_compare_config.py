@@ -1,5 +1,6 @@
 """Comparisons in files: what may stand there, what wins, what a mistake says; a saved one does the same again."""
 
+import errno
 import json
 import os
 import re
@@ -272,6 +273,18 @@ def test_a_file_of_somebody_else_is_left_alone(written, tmp_path):
     CompareConfig.read(written(text, FILE)).compare()
     assert (tmp_path / FILE).read_text() == text
     assert len(Comparison.load(tmp_path).results) == 1
+
+
+def test_a_file_that_cannot_be_saved_ends_the_run_and_lets_go_of_the_folder(written, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = CompareConfig.read(written(RUN + "policies: [none]\nout: a"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", fails)
+        with pytest.raises(UsageError, match=r"compare\.yaml cannot be written: No space left on device"):
+            config.compare()
+    assert len(config.compare().results) == 1
 
 
 def test_a_run_in_memory_leaves_no_file(written, tmp_path):

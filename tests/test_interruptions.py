@@ -230,7 +230,7 @@ def test_a_full_disk_under_the_table_is_one_line_and_loses_no_result(whole, tmp_
 @pytest.fixture
 def no_model(monkeypatch):
     """Loading a model may take minutes: what is wrong with a folder is told before."""
-    monkeypatch.setattr("dcache.cli.load_model", None)
+    monkeypatch.setattr("dcache.models.loading.load_model", None)
 
 
 def refused(capsys, folder):

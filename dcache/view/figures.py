@@ -168,7 +168,7 @@ def tradeoff(chapters: Sequence[Chapter], palette: Palette, name: str) -> Figure
         name,
         "Quality against speed",
         "Up and to the right is better; towards fewer rows or calls the axis runs backwards, so right stays better. "
-        "The dashed line is the Pareto front: no policy beats one on it in one axis without losing in the other. "
+        "The dotted line is the Pareto front: no policy beats one on it in one axis without losing in the other. "
         "Bars: one standard error of accuracy (binomial) and agreement (over problems), one standard deviation of "
         "tok/s over repeats. Points that differ in one knob are joined.",
         several([qualities, SPEEDS], lambda y, x: _tradeoff(found, x, y, palette, len(chapters) > 1)),
@@ -189,7 +189,7 @@ def _tradeoff(found: Sequence[Point], x: Axis, y: Axis, palette: Palette, runs: 
     alone = [p for p in shown if not any(p in curve.points for curve in joined)]
     for curve in joined:
         title = curve.title + (f", run {curve.points[0].run + 1}" if runs else "")
-        figure.add_scatter(**_scatter(curve.points, x, y, title, palette), mode="lines+markers")
+        figure.add_scatter(**_scatter(curve.points, x, y, title, palette, curve.knob), mode="lines+markers")
     for point in alone:
         title = point.entrant.policy + (f", run {point.run + 1}" if runs else "")
         figure.add_scatter(**_scatter([point], x, y, title, palette), mode="markers")
@@ -211,7 +211,9 @@ def _axis(axis: Axis) -> dict[str, Any]:
     return {"title": {"text": axis.title}} | ({"tickformat": ".0%"} if axis.percent else {})
 
 
-def _scatter(points: Sequence[Point], x: Axis, y: Axis, title: str, palette: Palette) -> dict[str, Any]:
+def _scatter(
+    points: Sequence[Point], x: Axis, y: Axis, title: str, palette: Palette, knob: str | None = None
+) -> dict[str, Any]:
     name = points[0].entrant.name
     return {
         "x": [p.at(x) for p in points],
@@ -219,7 +221,7 @@ def _scatter(points: Sequence[Point], x: Axis, y: Axis, title: str, palette: Pal
         "error_x": _bars(points, x),
         "error_y": _bars(points, y),
         "name": label(title),
-        "text": [_told(p) for p in points],
+        "text": [_told(p, knob) for p in points],
         "hovertemplate": "%{text}<extra></extra>",
         "marker": {"symbol": palette.symbol(name), "size": 10},
         "meta": palette.role(name),
@@ -231,9 +233,10 @@ def _bars(points: Sequence[Point], axis: Axis) -> dict[str, Any]:
     return {"array": errors, "thickness": 1.2, "width": 3, "visible": any(errors)}
 
 
-def _told(point: Point) -> str:
-    """The label of a point: its name, then every quantity."""
+def _told(point: Point, knob: str | None) -> str:
+    """The label of a point: its name, the knob of its curve, then every quantity."""
     lines = [f"<b>{label(point.entrant.policy)}</b>"]
+    lines += [] if knob is None else [label(f"{knob}: {point.entrant.knobs[knob]}")]
     for axis in (*QUALITIES, *SPEEDS):
         if axis.key in point.values:
             lines.append(f"{axis.title}: {quantity(point, axis)}")
@@ -259,7 +262,7 @@ def sweeps(chapter: Chapter, palette: Palette, name: str) -> Figure | None:
     return Figure(
         name,
         "Sweeps",
-        "A quantity over the values of a knob. The dashed line is the reference.",
+        "A quantity over the values of a knob. The dotted line is the reference.",
         several([joined, axes], lambda curve, y: _sweep(curve, found[0], y, palette)),
         [Choice("sweep", [curve.title for curve in joined]), Choice("quantity", [axis.title for axis in axes])],
     )
@@ -276,7 +279,7 @@ def _sweep(curve: Curve, reference: Point, y: Axis, palette: Palette) -> Variant
             x=[values[0], values[-1]], y=[reference.at(y)] * 2, mode="lines", line={"dash": "dot"},
             name=label(reference.entrant.policy), hoverinfo="skip", meta={"role": "front"},
         )  # fmt: skip
-    lines = _scatter(points, y, y, curve.title, palette) | {"x": values, "error_x": {"visible": False}}
+    lines = _scatter(points, y, y, curve.title, palette, curve.knob) | {"x": values, "error_x": {"visible": False}}
     figure.add_scatter(**lines, mode="lines+markers")
     figure.update_layout(xaxis={"title": {"text": label(f"{curve.name}.{curve.knob}")}}, yaxis=_axis(y))
     if y.percent or y in QUALITIES:

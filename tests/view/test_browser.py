@@ -1,5 +1,6 @@
 """Reports as a browser shows them: everything is drawn, labels are right, and hostile texts do nothing."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -72,6 +73,9 @@ class Opened:
         assert self.dialogs == []
         assert self.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert self.page.evaluate("window.owned") is None
+        titles = self.page.locator(".modebar-btn").evaluate_all("all => all.map(e => e.dataset.title)")
+        assert [title for title in titles if re.search("share|cloud|edit", title, re.IGNORECASE)] == []
+        assert self.page.locator(".plot").evaluate_all("all => all.every(e => e._context.plotlyServerURL === '')")
 
     def choose(self, figure, label, option):
         """Choose an option of a figure, and wait until it is drawn."""
@@ -185,10 +189,11 @@ def test_a_sweep_is_drawn_on_a_phone_and_nothing_is_wider_than_it(browser, swept
             "plot => plot.data.filter(t => t.mode === 'lines+markers').map(t => [t.name, t.x.length])"
         )
         assert curve == [["dkv (interval)", 3]]
-        (point,) = (p for p in points(Chapter.read(0, swept)) if p.entrant.knobs.get("interval") == 16)
-        opened.hover("run1-tradeoff", point.values["tok_s"], point.values["accuracy"])
-        label = opened.page.locator("#run1-tradeoff .hoverlayer .hovertext").first.text_content()
-        assert "interval" in label
+        point = points(Chapter.read(0, swept))[-1]
+        opened.hover("run1-sweeps", 16, point.values["accuracy"])
+        label = opened.page.locator("#run1-sweeps .hoverlayer .hovertext", has_text="dkv").first.text_content()
+        assert "interval: 16" in label
+        assert f"tok/s: {point.values['tok_s']:.1f}" in label
         opened.sound()
 
 

@@ -11,7 +11,8 @@ from html.parser import HTMLParser
 import pytest
 
 from dcache import UsageError
-from dcache.view import page
+from dcache.view import figures, page
+from dcache.view.data import Chapter
 
 HOSTILE = "</script></pre><img src=x onerror=alert(1)>&lt;<b>\"'{{7*7}}<!--"
 
@@ -111,6 +112,20 @@ def test_the_two_scripts_of_the_page_are_those_that_its_policy_allows(hostile):
 
 def test_plotly_is_there_once(hostile):
     assert len([text for _, text in hostile.scripts if len(text) > 10**6]) == 1
+
+
+def test_the_label_of_a_point_on_a_curve_has_its_knob_even_at_the_default(made, tmp_path):
+    entrants = [
+        made.entrant("none"),
+        made.entrant("dkv", interval=8),
+        made.entrant("dkv(interval=4)", "dkv", interval=4),
+    ]
+    made.save(tmp_path, made.conditions(*entrants), [made.result(entrant.policy) for entrant in entrants])
+    chapter = Chapter.read(0, tmp_path)
+    found = figures.tradeoff([chapter], figures.Palette([chapter]), "any").variants["0-0"]["data"]
+    (curve,) = (trace for trace in found if trace["mode"] == "lines+markers")
+    assert curve["name"] == "dkv (interval)"
+    assert ["interval: 4" in curve["text"][0], "interval: 8" in curve["text"][1]] == [True, True]
 
 
 @pytest.mark.parametrize("code", ["x = '</script>'", "x = '<!--'", "x = '</SCRIPT'"])

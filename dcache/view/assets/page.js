@@ -68,6 +68,7 @@
         font: { color: css("--paper"), size: 13, family: getComputedStyle(document.body).fontFamily },
       },
       legend: { ...given.legend, orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", itemwidth: 30, font: { size: 12 } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--line"), activecolor: css("--soft") },
       dragmode: coarse ? false : "zoom", // a finger scrolls the page
       xaxis: axis(given.xaxis, {}), yaxis: axis(given.yaxis, { standoff: 8 }),
       annotations: (given.annotations || []).map((each) => ({ ...each, font: { ...each.font, color: css("--soft") } })),
@@ -105,6 +106,7 @@
         plot.style.height = `${layout.height}px`;
         await Plotly.react(plot, data, layout, {
           responsive: true, displaylogo: false, scrollZoom: false, displayModeBar: coarse ? false : "hover",
+          showSendToCloud: false, plotlyServerURL: "", // a button that uploads the figure, on by default since plotly 7
           modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
           toImageButtonOptions: { format: "svg", filename: plot.id },
         });
