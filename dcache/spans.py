@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,6 +18,19 @@ if TYPE_CHECKING:
 
 MATRICES = ("q", "k", "v", "out", "gate", "up", "down")
 SAMPLE = 64  # values of each matrix that tell models apart
+
+
+BATCH = (
+    "what two prompts of a batch share is computed for the first of them, so accounts differ from those of single runs"
+)
+ALONE: Mapping[str, str] = {
+    "a_batch_decodes_each_sequence_as_if_it_were_alone": BATCH,
+    "remasked_rows_are_decoded_again": BATCH,
+    "every_unmasker_works_or_is_refused_with_a_reason": BATCH,
+    "embeddings_of_tokens_decode_as_the_tokens": "rows that start from embeddings are computed without the prompt",
+    "accounting_equals_a_counting_hook": "the hook sees passes, and not the call in which rows are computed alone",
+}
+"""Claims of `dcache.testing` that no policy makes which computes spans alone, each with the reason."""
 
 
 class Kept(NamedTuple):

@@ -23,8 +23,7 @@ spans (ACache) are not reused.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -37,7 +36,7 @@ from dcache.arrays import Bools, highest
 from dcache.errors import UsageError
 from dcache.policy import CachePolicy, Filter, FilterConfig, Plan, Seen, State
 from dcache.reuse import ReuseCache
-from dcache.spans import Kept, alone, keep, preload, weights_key
+from dcache.spans import ALONE, Kept, alone, keep, preload, weights_key
 from dcache.state import Embeddings, Span
 
 if TYPE_CHECKING:
@@ -70,9 +69,7 @@ class VLCache(Filter):
         fill: Literal["alone", "first"] = Field(
             "alone", description="keys and values of a new image: alone, in a call of its own; or in its first request"
         )
-        budget_mib: int = Field(
-            4096, ge=0, le=2**31 - 1, description="MiB of keys and values that outlive a request, on the model's device"
-        )
+        budget_mib: int = Field(4096, ge=0, le=2**31 - 1, description="MiB of keys and values that outlive a request")
 
     paper = "VLCache, arXiv 2512.12977; ACache, arXiv 2608.26140"
     pairs_with = "threshold(threshold=0.9)"
@@ -98,10 +95,13 @@ class VLCache(Filter):
         """Those of `spans`, and by how many row-layers fewer were computed than the inner plans had."""
         return {**self.spans.statistics, "saved_row_layers": self.saved}
 
+    def exempt(self) -> Mapping[str, str]:
+        """What does not hold where the same rows by themselves stand for rows of the prompt."""
+        return {**super().exempt(), **(ALONE if self.config.fill == "alone" else {})}
+
     def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:
         """Outputs kept for every row are missing for one that was never computed."""
-        own = set(self.inner.stores(spec)) - {"H", "Q"}
-        if own:
+        if own := set(self.inner.stores(spec)) - {"H", "Q"}:
             told = f"replays outputs of rows that it does not compute (stores {', '.join(sorted(own))})"
             return f"{self.inner.name} {told}, and a reused row has none; wrap one that computes the rows of its plans"
         return super().refuses(spec, unmasker)
@@ -185,7 +185,7 @@ class VLCache(Filter):
 
     def _count(self, span: Span) -> int:
         """Rows of a known image that are computed."""
-        return math.ceil(self.config.ratio * (span.stop - span.start) - ROUNDS)
+        return int(np.ceil(self.config.ratio * (span.stop - span.start) - ROUNDS))
 
     def _find(self, net: Network, b: int, given: Embeddings, span: Span) -> tuple[Hashable, Kept | None]:
         """Under which key an image is kept, and what; ``fill=alone`` computes it if nothing is."""

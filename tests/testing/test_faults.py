@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -394,8 +394,13 @@ class ComputesTheImagesOfEverySequence(Periodic):
 class KeepsTheKeysOfAnotherSequence(VLCache):
     """What comes again finds the keys of what stood there in the first sequence of its batch."""
 
+    class Config(VLCache.Config):
+        fill: Literal["alone", "first"] = "first"
+
+    config: Config
+
     def _keep(self, plan: Plan) -> None:
-        self.missed = [(0, span) for _, span in self.missed]
+        self.missed = [(0, span, key) for _, span, key in self.missed]
         super()._keep(plan)
 
 
