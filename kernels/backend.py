@@ -6,6 +6,7 @@ environment: the way to find out whether a kernel is to blame for a difference.
 """
 
 import os
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ except ImportError:  # no Triton for this platform
 
     triton = tl = _Missing()
 
-__all__ = ["CHOICES", "ENABLED", "HAVE_TRITON", "tl", "triton", "use_triton"]
+__all__ = ["CHOICES", "ENABLED", "HAVE_TRITON", "on_hopper", "tl", "triton", "use_triton"]
 
 HAVE_TRITON = isinstance(triton.__version__, str)
 CHOICES = ("triton", "torch")
@@ -36,6 +37,12 @@ CHOICES = ("triton", "torch")
 def use_triton(x: Tensor) -> bool:
     """Whether the kernel runs for `x`."""
     return x.is_cuda and ENABLED and not torch.is_grad_enabled()
+
+
+@lru_cache
+def on_hopper(device: torch.device) -> bool:
+    """Whether `device` is of compute capability 9 or above, whose copy engine loads tiles by itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _enabled() -> bool:

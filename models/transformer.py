@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dcache.kernels.attend import attend
+from dcache.kernels.product import add_product, gated_product, product
 from dcache.kernels.rms_norm import add_rms_norm, rms_norm
 from dcache.kernels.rotary import rotary, rotary_table
-from dcache.kernels.swiglu import swiglu
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ class Block(nn.Module):
 
     def output(self, o: Tensor) -> Tensor:
         """Output projection: heads side by side (batch, rows, heads * head_dim) -> (batch, rows, d_model)."""
-        return linear(o, self.out)
+        return product(o, self.out)
 
     def ffn(self, h: Tensor) -> Tensor:
         """Increment of the MLP for rows of the residual stream: (batch, rows, d_model)."""
         y = rms_norm(h, self.norm2, self.spec.norm_eps)
-        return linear(swiglu(linear(y, self.gate_up)), self.down)
+        return product(gated_product(y, self.gate_up), self.down)
 
     def finish(self, h: Tensor, o: Tensor) -> Tensor:
         """Both residual additions of a layer, inference only: ``h + output(o)``, then ``+ ffn`` of that.
@@ -157,7 +157,7 @@ class Block(nn.Module):
             o: (batch, rows, heads * head_dim), result of the attention.
         """
         h, y = add_rms_norm(h, self.output(o), self.norm2, self.spec.norm_eps)
-        h.flatten(0, 1).addmm_(swiglu(linear(y, self.gate_up)).flatten(0, 1), self.down.T)
+        add_product(h, gated_product(y, self.gate_up), self.down)
         return h
 
 
@@ -236,7 +236,7 @@ class Transformer(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """Final norm and head: (batch, rows, d_model) -> (batch, rows, vocab)."""
-        return linear(rms_norm(h, self.norm, self.spec.norm_eps), self.embedding if self.head is None else self.head)
+        return product(rms_norm(h, self.norm, self.spec.norm_eps), self.embedding if self.head is None else self.head)
 
     def keys(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of rows that see each other and nothing else, at positions from 0; inference only.

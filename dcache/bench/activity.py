@@ -36,6 +36,7 @@ OURS = {  # by file of `dcache.kernels`
     "drift": "statistics",
     "select": "statistics",
     "confidence": "unmasking",
+    "product": "products",
     "rms_norm": "elementwise",
     "rotary": "elementwise",
     "swiglu": "elementwise",

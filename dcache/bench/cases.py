@@ -7,7 +7,7 @@ hand: each input read once, each output written once, two operations per multipl
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from typing import Any
@@ -233,6 +233,32 @@ def swiglu(d: Draw) -> Call:
     return Call((x,), x.nbytes * 3 // 2, 5 * x.numel() // 2)
 
 
+def product(d: Draw) -> Call:
+    """The projection to queries, keys and values; of a variant, another matrix of the layer, or the head."""
+    spec = d.spec
+    sizes = {"out": (spec.d_model, spec.q_width), "head": (spec.vocab_size, spec.d_model)}
+    n, k = sizes.get(d.size.variant, (spec.q_width + 2 * spec.kv_width, spec.d_model))
+    return of_weights(d, n, k, n)
+
+
+def gated_product(d: Draw) -> Call:
+    """Gate and up, and the gate."""
+    return of_weights(d, 2 * d.spec.mlp_size, d.spec.d_model, d.spec.mlp_size)
+
+
+def add_product(d: Draw) -> Call:
+    """Down, and the residual."""
+    call = of_weights(d, d.spec.d_model, d.spec.mlp_size, 2 * d.spec.d_model)
+    return replace(call, args=(d.normal(d.batch, d.n, d.spec.d_model), *call.args), written=(0,))
+
+
+def of_weights(d: Draw, n: int, k: int, moved: int) -> Call:
+    """A product with a matrix (n, k), and how many elements of a row are moved beside its input."""
+    x, weight = d.normal(d.batch, d.n, k), d.normal(n, k) * k**-0.5
+    rows = d.batch * d.n
+    return Call((x, weight), (weight.numel() + rows * (k + moved)) * d.item, 2 * rows * n * k)
+
+
 def take(d: Draw) -> Call:
     """Rows of a store of layer inputs, or of queries."""
     heads = d.size.variant == "heads"
@@ -348,6 +374,9 @@ OPS: dict[str, Op] = {
     "products": Op("attention_probs", products, (Size(32),)),
     "drift": Op("drift", drift, (Size(16, variant="heads"),), (Size(16, variant="rows"), Size(16, variant="flat"))),
     "cosine": Op("cosine", cosine, (MANY,)),
+    "product": Op("product", product, (FEW, Size(32), Size(32, variant="out"), Size(32, variant="head")), (BLOCK,)),
+    "gated_product": Op("product", gated_product, (FEW, Size(32))),
+    "add_product": Op("product", add_product, (FEW, Size(32)), (BLOCK,)),
     "rms_norm": Op("rms_norm", rms_norm, (BLOCK, ALL)),
     "rms_norm_keep": Op("rms_norm", rms_norm_keep, (), (BLOCK, ALL)),
     "add_rms_norm": Op("rms_norm", add_rms_norm, (BLOCK, ALL), (Size(1280, batch=8),)),

@@ -1,8 +1,8 @@
 """The floor: the linear layers of a model alone, which every policy must run for the rows it computes.
 
 ``floor(rows) = sum over layers of the qkv, out, gate_up and down products for `rows` rows``, plus the head for the rows
-whose logits are wanted; one CUDA graph, no norms, no attention, no bias. Times between measured row counts are
-interpolated, and a layer with no rows costs nothing.
+whose logits are wanted; one CUDA graph, the engine's products, no norms, no gate, no attention, no bias. Times between
+measured row counts are interpolated, and a layer with no rows costs nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from dcache.bench.clock import SECONDS, median_ms
 from dcache.bench.reports import FloorPoint
+from dcache.kernels.product import product
 from dcache.models.transformer import Transformer
 
 
@@ -94,12 +94,12 @@ def products(model: Transformer, rows: int, head_rows: int) -> Callable[[], None
     @torch.inference_mode()
     def work() -> None:
         for block in model.blocks() if rows else ():
-            linear(x, block.qkv)
-            linear(heads, block.out)
-            linear(x, block.gate_up)
-            linear(gated, block.down)
+            product(x, block.qkv)
+            product(heads, block.out)
+            product(x, block.gate_up)
+            product(gated, block.down)
         if top is not None:
-            linear(top, model.embedding if model.head is None else model.head)
+            product(top, model.embedding if model.head is None else model.head)
 
     return work
 

@@ -9,7 +9,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from dcache.engine.across import Across
 from dcache.engine.aside import Aside
@@ -17,6 +16,7 @@ from dcache.engine.network import Stores
 from dcache.kernels.attend import Keys, attend, attend_each, attend_lse, hide
 from dcache.kernels.attention_probs import head_mean, probs, products, received
 from dcache.kernels.drift import drift
+from dcache.kernels.product import product
 from dcache.kernels.rms_norm import rms_norm_keep
 from dcache.kernels.rotary import rotary, rotary_scatter
 from dcache.kernels.rows import put, take, tally
@@ -268,7 +268,7 @@ class Layer:
             y = rms_norm_keep(h, block.norm1, spec.norm_eps, stores["H"], rows, self._lanes)
         else:
             y = block.normed(h)
-        qkv = linear(y, block.qkv)
+        qkv = product(y, block.qkv)
         self._beside.writes(self.index, "K", "V", "Q")
         q = rotary_scatter(
             qkv,
