@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -134,6 +133,7 @@ def e2e(
     """Time the steps of whole policies on random prompts, beside the floor of the rows that they computed."""
     from dcache.bench import e2e as bench
     from dcache.bench.conditions import conditions
+    from dcache.bench.profile import require_gpu
 
     settings = _settings(
         EndToEndSettings,
@@ -145,8 +145,8 @@ def e2e(
     built_in = [name for name, entry in plugins().policies.entries.items() if entry.source == BUILT_IN]
     lines = bench.tasks(built_in if policies is None else split_list(policies), settings)
     loaded = load_model(model, device=device, dtype=dtype)
-    if (split or trace) and loaded.device.type != "cuda":
-        raise UsageError("--split and --trace profile a GPU, and there is none; leave them out")
+    if split or trace:
+        require_gpu(loaded.device)
     lines = bench.shown(loaded, lines)
     lines[0].state(loaded.spec)  # a canvas that does not fit ends the command, not every line of it
     image_rows = lines[0].image_rows
@@ -154,11 +154,21 @@ def e2e(
     found = conditions(loaded.device, loaded.dtype, loaded)
     report = EndToEndReport(conditions=found, settings=settings, image_rows=image_rows)
     with meter("measuring", len(lines), "line", lines=False) as bar:
-        for result in bench.results(loaded, lines, measured, _profiles(split, trace)):
+        timed = []
+        for known in bench.results(loaded, lines, measured, idle=trace):
+            timed.append(known)
+            result = known.result
             report = report.model_copy(update={"floor": measured.curve()})
             p50 = "failed" if result.all is None else f"p50 {result.all.p50:.2f} ms"
             report = _added(report, result, out, f"{result.policy}, batch {result.batch}: {p50}")
             bar.advance()
+    n = sum(known.result.failure is None for known in timed)
+    if n and (split or trace):  # once all times are in the file: a profile slows what comes behind it
+        with meter("profiling", n, "line", lines=False) as bar:
+            for place, result in bench.profiles(loaded, timed, split, trace):
+                told = "profiled" if result.unprofiled is None else "profile failed"
+                report = _replaced(report, place, result, out, f"{result.policy}, batch {result.batch}: {told}")
+                bar.advance()
     _finish(report)
 
 
@@ -217,25 +227,6 @@ def plot(
         print(printable(str(file)))
 
 
-def _profiles(split: bool, trace: bool) -> Callable[..., dict[str, object]]:
-    """What `e2e` adds to the times of a policy."""
-
-    def extra(engine: Any, state: Any) -> dict[str, object]:
-        if not (split or trace):
-            return {}
-        from dcache.bench.activity import gaps, splits
-        from dcache.bench.profile import idle_share, profiled_steps
-
-        steps = profiled_steps(engine, state)
-        found: dict[str, object] = {"split": splits(steps)} if split else {}
-        waits = gaps(steps) if trace else None
-        if waits is not None:
-            found["gaps"] = waits.model_copy(update={"idle": idle_share(engine, state)})
-        return found
-
-    return extra
-
-
 S = TypeVar("S", EndToEndSettings, ImageSettings)
 
 
@@ -266,7 +257,17 @@ R = TypeVar("R", KernelReport, FloorReport, EndToEndReport, ImageReport)
 
 def _added(report: R, result: Any, out: Path | None, told: str) -> R:
     """The report with one result more, written at once: a later one may fail."""
-    report = report.model_copy(update={"results": [*report.results, result]})
+    return _saved(report.model_copy(update={"results": [*report.results, result]}), out, told)
+
+
+def _replaced(report: R, place: int, result: Any, out: Path | None, told: str) -> R:
+    """The report with another result in one place, written at once."""
+    results = [*report.results[:place], result, *report.results[place + 1 :]]
+    return _saved(report.model_copy(update={"results": results}), out, told)
+
+
+def _saved(report: R, out: Path | None, told: str) -> R:
+    """The report, written if that is wanted."""
     if out is not None:
         model = report.conditions.model
         name = report.kind if model is None else f"{report.kind}-{Path(model).name.replace(':', '-')}"

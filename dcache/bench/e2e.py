@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
 import torch
 
+from dcache.bench.activity import gaps, splits
 from dcache.bench.floor import Floor, rows_of_passes
+from dcache.bench.profile import idle_share, profiled_steps
 from dcache.bench.prompts import pictures, random_prompts, with_images
 from dcache.bench.reports import EndToEndSettings, PolicyResult, Times
 from dcache.conditions import written
@@ -76,6 +78,15 @@ class Task:
         return policy, unmasker
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A line with its times, and its idle share where that is wanted: what `profiles` goes on from."""
+
+    line: Task
+    result: PolicyResult
+    idle: float | None = None
+
+
 def tasks(policies: Sequence[str], settings: EndToEndSettings) -> list[Task]:
     """Every line, in the order in which they run."""
     return [
@@ -110,36 +121,76 @@ def floor_of(model: Model, settings: EndToEndSettings, image_rows: int = 0) -> F
     return Floor(model.transformer, exact=[canvas * batch for batch in settings.batch])
 
 
-def results(model: Model, lines: Sequence[Task], floor: Floor, extra: Extra) -> Iterator[PolicyResult]:
-    """Run every line; one that fails says why, and the next one runs."""
+def results(model: Model, lines: Sequence[Task], floor: Floor, idle: bool = False) -> Iterator[Timed]:
+    """The times of every line, and its idle share if wanted; one that fails says why, and the next one runs.
+
+    All of them come before the first of `profiles`: torch's profiler stays attached to a process once it has run there,
+    and every later launch is slower, so that a step of `d2` took 8.36 ms behind the profile of another policy and 7.05
+    without one, of `elastic(gamma=0)` 6.83 and 5.9 to 6.3 (p50, H200).
+    """
     for line in lines:
         blank = PolicyResult(
             policy=line.policy, batch=line.batch, tokens_per_step=line.tokens_per_step, unmask=line.unmask
         )
         try:
-            result = measure(model, line, floor, extra)
+            timed = measure(model, line, floor, idle)
         except MemoryLimitError as error:
-            result = blank.model_copy(update={"failure": str(error), "peak_bytes": peak(model)})
+            timed = Timed(line, blank.model_copy(update={"failure": str(error), "peak_bytes": peak(model)}))
         except DCacheError as error:
-            result = blank.model_copy(update={"failure": str(error)})
-        except torch.OutOfMemoryError:  # not in a pass: what a policy prepares, the floor, a profile
-            result = blank.model_copy(update={"failure": _out_of_memory(model, line), "peak_bytes": peak(model)})
+            timed = Timed(line, blank.model_copy(update={"failure": str(error)}))
+        except torch.OutOfMemoryError:  # not in a pass: what a policy prepares, the floor
+            failed = {"failure": _out_of_memory(model, line), "peak_bytes": peak(model)}
+            timed = Timed(line, blank.model_copy(update=failed))
         free(model)  # here, where no traceback holds the tensors of the run any more
-        yield result
+        yield timed
 
 
-def measure(model: Model, line: Task, floor: Floor, extra: Extra) -> PolicyResult:
+def profiles(model: Model, timed: Sequence[Timed], split: bool, trace: bool) -> Iterator[tuple[int, PolicyResult]]:
+    """Profile every line that has times: its place in `timed`, and its result with what the profile says.
+
+    A profile that fails says why beside the times. None may begin before the last of `results`, which tells the reason.
+    """
+    for place, known in enumerate(timed):
+        if known.result.failure is not None:
+            continue
+        try:
+            found = profiled(model, known, split, trace)
+        except DCacheError as error:
+            found = {"unprofiled": str(error)}
+        except torch.OutOfMemoryError:
+            found = {"unprofiled": _out_of_memory(model, known.line)}
+        free(model)  # as in `results`
+        yield place, known.result.model_copy(update=found)
+
+
+def profiled(model: Model, known: Timed, split: bool, trace: bool) -> dict[str, object]:
+    """Fields of `PolicyResult` from a profile, on a new engine: memory would not hold those of all lines."""
+    engine, line = _engine(model, known.line), known.line
+    steps = profiled_steps(engine, lambda: line.state(model.spec))
+    found: dict[str, object] = {"split": splits(steps)} if split else {}
+    waits = gaps(steps) if trace else None
+    if waits is not None:
+        found["gaps"] = waits.model_copy(update={"idle": known.idle})
+    return found
+
+
+def measure(model: Model, line: Task, floor: Floor, idle: bool) -> Timed:
     """Decode once outside the clock, then as often as wanted; then, with the engine gone, measure the floor."""
-    runs, seconds, found = _decodes(model, line, extra)
+    runs, seconds, found, share = _decodes(model, line, idle)
     free(model)
-    return summary(line, model.spec, runs, seconds, floor).model_copy(update=found)
+    return Timed(line, summary(line, model.spec, runs, seconds, floor).model_copy(update=found), share)
 
 
-def _decodes(model: Model, line: Task, extra: Extra) -> tuple[list[list[Step]], float, dict[str, object]]:
-    """The steps of every repeat, the seconds of all, and what the engine tells: fields of `PolicyResult`."""
+def _engine(model: Model, line: Task) -> Engine:
+    """A new engine for a line; the peak of memory is counted from here."""
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    engine = Engine(model.transformer, *line.plugins(model.spec), graphs=None if line.settings.graphs else False)
+    return Engine(model.transformer, *line.plugins(model.spec), graphs=None if line.settings.graphs else False)
+
+
+def _decodes(model: Model, line: Task, idle: bool) -> tuple[list[list[Step]], float, dict[str, object], float | None]:
+    """The steps of every repeat, the seconds of all, fields of `PolicyResult` that the engine tells, the idle share."""
+    engine = _engine(model, line)
     limit = _warm_up(engine, line, model.spec)
     runs, seconds = [], 0.0
     for _ in range(line.settings.repeats):
@@ -154,11 +205,8 @@ def _decodes(model: Model, line: Task, extra: Extra) -> tuple[list[list[Step]], 
         "peak_bytes": peak(model),
         "store_bytes": sum(engine.store_bytes.values()),
     }
-    return runs, seconds, found | extra(engine, lambda: line.state(model.spec))
-
-
-Extra = Callable[[Engine, Callable[[], State]], dict[str, object]]
-"""What is measured beside the times, once they are known: fields of `PolicyResult`."""
+    share = idle_share(engine, lambda: line.state(model.spec), limit) if idle else None
+    return runs, seconds, found, share
 
 
 def _warm_up(engine: Engine, line: Task, spec: ModelSpec) -> int | None:

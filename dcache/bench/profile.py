@@ -17,21 +17,29 @@ from dcache.bench.activity import DECODE, FIRST_PASS, SECOND_PASS, Step, steps_o
 from dcache.decode import decode
 from dcache.engine import Engine
 from dcache.engine.packet import Packet
+from dcache.errors import UsageError
 from dcache.state import State
 
 SKIPPED, PROFILED = 2, 16  # the first steps compute all rows with every policy
+TIMED = SKIPPED + 4 * PROFILED  # steps of an idle share, which costs no file of events
 T = TypeVar("T")
 
 
+def require_gpu(device: torch.device) -> None:
+    """Raises UsageError for a device that cannot be profiled."""
+    if device.type != "cuda":
+        raise UsageError("--split and --trace profile a GPU, and there is none; leave them out")
+
+
 def profiled_steps(engine: Engine, state: Callable[[], State]) -> list[Step]:
-    """Steps of a decode, the first ones left out, after two decodes that make every graph they need.
+    """Steps of a decode, the first ones left out, after decodes that make every graph they need.
 
     Args:
-        engine: on a GPU.
+        engine: on a GPU; may be new.
         state: makes a fresh canvas.
     """
     device, limit = engine.model.device, SKIPPED + PROFILED
-    for _ in range(2):  # a pass of a new kind runs as it stands once, and is recorded the next time
+    for _ in range(3):  # a new pass runs as it stands once, then it is recorded; known images are new in the second
         decode(engine, state(), limit)
     with _profiler():  # the first profile of a process loads libraries
         torch.ones(1, device=device)
@@ -42,15 +50,23 @@ def profiled_steps(engine: Engine, state: Callable[[], State]) -> list[Step]:
     return steps_of(events_of(found))[SKIPPED:]
 
 
-def idle_share(engine: Engine, state: Callable[[], State]) -> float:
-    """Share of a decode in which the device waits for the host between two passes, by events and without a profiler.
+def idle_share(engine: Engine, state: Callable[[], State], limit: int | None = None) -> float | None:
+    """Share of a decode in which the device waits for the host between two passes, by events; None of one pass.
 
-    From the end of the download of one pass to the upload of the next; steps as in `profiled_steps`, which comes first.
+    From the end of the download of one pass to the upload of the next, the first passes left out. No profile may have
+    been made in the process before: it would slow the host here too.
+
+    Args:
+        engine: on a GPU, after decodes that made every graph.
+        state: makes a fresh canvas.
+        limit: steps of those decodes, None for all; later ones may need other graphs.
     """
     with _timed_passes() as passes:
-        decode(engine, state(), SKIPPED + 4 * PROFILED)
+        decode(engine, state(), TIMED if limit is None else min(limit, TIMED))
     torch.cuda.synchronize(engine.model.device)
     passes = passes[SKIPPED:]
+    if len(passes) < 2:
+        return None
     idle = sum(a[1].elapsed_time(b[0]) for a, b in pairwise(passes))
     return float(idle / passes[0][0].elapsed_time(passes[-1][0]))
 

@@ -175,7 +175,7 @@ class Gaps(Record):
         syncs: host syncs per step, mean and most.
         largest_gap_us: the longest time without work on the device inside a pass, from its first kernel on.
         idle_between: time without work outside that, as a share of all time; a profiler makes a graph slow to launch.
-        idle: share of the time between passes without a profiler, by events; None where it was not measured.
+        idle: share of the time between passes, by events, before any profile; None where it was not measured.
     """
 
     steps: int
@@ -206,6 +206,7 @@ class PolicyResult(Record):
         peak_bytes: most GPU memory in use, weights included; None on a CPU.
         store_bytes: held for the policy.
         split: by number of passes.
+        unprofiled: why there is no profile, and so neither `split` nor `gaps`, though one was wanted.
         trace_ms, trace_floor, trace_rows, trace_passes: per step, medians over repeats, for the plot.
     """
 
@@ -232,6 +233,7 @@ class PolicyResult(Record):
     store_bytes: int = 0
     split: list[Split] = []
     gaps: Gaps | None = None
+    unprofiled: str | None = None
     trace_ms: list[float] = []
     trace_floor: list[float] = []
     trace_rows: list[float] = []

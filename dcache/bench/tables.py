@@ -127,6 +127,7 @@ def _end_to_end(report: EndToEndReport) -> Table:
     ]
     notes = ["floor: mean of the linear layers alone for the same rows; efficiency: floor / measured time."]
     notes += [f"{_name(r)}: {r.failure}" for r in report.results if r.failure]
+    notes += [f"{_name(r)}: no profile: {r.unprofiled}" for r in report.results if r.unprofiled]
     notes += [
         f"{_name(r)}: stopped after {r.steps} steps of each decode, so the means are those of its beginning."
         for r in report.results

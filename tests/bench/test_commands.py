@@ -1,16 +1,22 @@
 """``dcache bench`` from the command line, on a small model and a CPU."""
 
 import builtins
+import weakref
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.main import get_command
 
-from dcache.bench import clock
+from dcache.bench import clock, e2e, profile
 from dcache.bench import commands as bench
+from dcache.bench.activity import FIRST_PASS, Span, Step
 from dcache.bench.reports import EndToEndReport, FloorReport, read
 from dcache.cli import main
+from dcache.errors import PolicyError
+from dcache.progress import Meter
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = str(ROOT / "tests" / "golden" / "models" / "llada_mha")
@@ -78,6 +84,121 @@ def test_e2e_runs_each_policy_at_each_batch_size_and_writes_what_it_found(capsys
 def test_several_tokens_per_step_take_fewer_steps(tmp_path):
     assert main([*E2E, "none", "--tokens-per-step", "1,2", "--out", str(tmp_path)]) == 0
     assert [r.steps for r in read(tmp_path / "e2e-llada_mha.json").results] == [4, 2]
+
+
+STEP = Step(0.0, 1000.0, [Span(0.0, 900.0, FIRST_PASS)], [Span(100.0, 800.0, "gemm")], syncs=1)
+
+
+@pytest.fixture
+def profiler(monkeypatch, tmp_path):
+    """A profiler that works on a CPU; what was called in which order, and in `files` what each profile found written.
+
+    `fails` makes the errors of profiles, by their number.
+    """
+    found = SimpleNamespace(calls=[], files=[], meters=[], engines=[], fails={})
+    decode, engine = e2e.decode, e2e.Engine
+
+    def called(name, work):
+        def calling(*given, **named):
+            found.calls.append(name)
+            return work(*given, **named)
+
+        return calling
+
+    def made(*given, **named):
+        assert [old() for old in found.engines] == [None] * len(found.engines)  # one at a time
+        new = engine(*given, **named)
+        found.engines.append(weakref.ref(new))
+        return new
+
+    def steps(engine, state):
+        found.calls.append("profile")
+        found.files.append(read(tmp_path / "e2e-llada_mha.json").results)
+        decode(engine, state())
+        if error := found.fails.get(len(found.files)):
+            raise error()
+        return [STEP]
+
+    @contextmanager
+    def meter(what, total, unit, lines):
+        bar = Meter(total, unit)
+        yield bar
+        found.meters.append((what, bar.total, bar.done))
+
+    monkeypatch.setattr(profile, "require_gpu", lambda device: None)
+    monkeypatch.setattr(e2e, "Engine", made)
+    monkeypatch.setattr(e2e, "decode", called("decode", decode))
+    monkeypatch.setattr(e2e, "summary", called("floor", e2e.summary))
+    monkeypatch.setattr(e2e, "idle_share", called("idle", lambda engine, state, limit: 0.25))
+    monkeypatch.setattr(e2e, "profiled_steps", steps)
+    monkeypatch.setattr(bench, "meter", meter)
+    return found
+
+
+def test_no_profile_is_made_before_the_times_of_all_lines_are_in_the_file(capsys, tmp_path, profiler):
+    assert main([*E2E, "none,elastic", "--batch", "1,2", "--split", "--trace", "--out", str(tmp_path)]) == 0
+    assert profiler.calls == ["decode", "decode", "idle", "floor"] * 4 + ["profile"] * 4
+    assert len(profiler.engines) == 8
+    for i, results in enumerate(profiler.files):
+        assert [r.all is not None for r in results] == [True] * 4
+        assert [bool(r.split) for r in results] == [r.gaps is not None for r in results] == [n < i for n in range(4)]
+    last = read(tmp_path / "e2e-llada_mha.json").results
+    assert [r.model_copy(update={"split": [], "gaps": None}) for r in last] == profiler.files[0]
+    assert [(r.split[0].wall, r.gaps.syncs, r.gaps.idle) for r in last] == [(1.0, 1, 0.25)] * 4
+    assert profiler.meters == [("measuring", 4, 4), ("profiling", 4, 4)]
+    out, err = capsys.readouterr()
+    assert [line.endswith(": profiled") for line in err.splitlines()] == [False] * 4 + [True] * 4
+    assert "Where the time goes" in out
+    assert "What the device waits for" in out
+
+
+def test_without_split_and_trace_nothing_is_profiled(tmp_path, profiler):
+    assert main([*E2E, "none", "--out", str(tmp_path)]) == 0
+    assert profiler.calls == ["decode", "decode", "floor"]
+    assert profiler.meters == [("measuring", 1, 1)]
+
+
+@pytest.mark.parametrize(("flag", "split", "trace"), [("--split", True, False), ("--trace", False, True)])
+def test_a_profile_tells_what_was_asked_for(flag, split, trace, tmp_path, profiler):
+    assert main([*E2E, "none", flag, "--out", str(tmp_path)]) == 0
+    (found,) = read(tmp_path / "e2e-llada_mha.json").results
+    assert (bool(found.split), found.gaps is not None) == (split, trace)
+    assert profiler.calls == ["decode", "decode", *["idle"] * trace, "floor", "profile"]
+
+
+def test_a_line_without_times_is_not_profiled_and_keeps_its_place(tmp_path, profiler):
+    assert main([*E2E, "dkv(variant=greedy),none", "--split", "--out", str(tmp_path)]) == 0
+    failed, good = read(tmp_path / "e2e-llada_mha.json").results
+    assert failed.failure.startswith("it cannot run like this: ")
+    assert (failed.split, failed.unprofiled) == ([], None)
+    assert good.split
+    assert profiler.calls.count("profile") == 1
+    assert profiler.meters == [("measuring", 2, 2), ("profiling", 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [(torch.OutOfMemoryError, "out of memory with batch 1"), (lambda: PolicyError("no rows"), "no rows")],
+    ids=["memory", "policy"],
+)
+def test_times_survive_a_profile_that_fails(error, why, capsys, tmp_path, profiler):
+    profiler.fails[1] = error
+    assert main([*E2E, "none,elastic", "--trace", "--out", str(tmp_path)]) == 0
+    failed, good = read(tmp_path / "e2e-llada_mha.json").results
+    assert failed.all is not None
+    assert failed.failure is None
+    assert why in failed.unprofiled
+    assert good.gaps is not None
+    out, err = capsys.readouterr()
+    assert f"none, batch 1, 1 a step: no profile: {why}" in out
+    assert err.splitlines()[2:] == ["none, batch 1: profile failed", f"{good.policy}, batch 1: profiled"]
+
+
+def test_an_interrupted_profile_leaves_all_times_and_the_profiles_before_it(tmp_path, profiler):
+    profiler.fails[2] = KeyboardInterrupt
+    assert main([*E2E, "none,dkv,elastic", "--split", "--out", str(tmp_path)]) == 130
+    found = read(tmp_path / "e2e-llada_mha.json").results
+    assert [(r.all is not None, bool(r.split)) for r in found] == [(True, True), (True, False), (True, False)]
 
 
 def test_a_budget_stops_decodes_early_and_says_so(capsys, tmp_path):

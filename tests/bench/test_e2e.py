@@ -11,8 +11,20 @@ from torch.profiler import ProfilerActivity, profile
 
 import dcache
 from dcache.bench import e2e
+from dcache.bench import profile as profiling
 from dcache.bench.activity import steps_of
-from dcache.bench.e2e import Task, floor_of_step, head_rows, random_prompts, results, steps_within, summary, tasks
+from dcache.bench.e2e import (
+    Task,
+    Timed,
+    floor_of_step,
+    head_rows,
+    profiles,
+    random_prompts,
+    results,
+    steps_within,
+    summary,
+    tasks,
+)
 from dcache.bench.profile import events_of, marked
 from dcache.bench.reports import EndToEndSettings, PolicyResult, Times
 from dcache.decode import decode
@@ -45,6 +57,10 @@ def step(ms, rows, predicted, again=None):
         confidence=confidence,
         commit=np.arange(10)[None] < 1,
     )
+
+
+def result_of(line):
+    return PolicyResult(policy=line.policy, batch=line.batch, tokens_per_step=1, unmask=line.unmask, steps=5)
 
 
 RUN = [step(2.0, 10, 2), step(4.0, 3, 1, again=10), step(1.0, 3, 1)]
@@ -115,16 +131,16 @@ def test_prompts_are_ordinary_tokens_and_the_same_for_all():
 def test_a_line_that_fails_says_why_and_the_next_one_runs(monkeypatch):
     model = SimpleNamespace(device=torch.device("cpu"))
 
-    def measure(model, line, floor, extra):
+    def measure(model, line, floor, idle):
         if line.batch == 8:
             raise torch.OutOfMemoryError
         if line.batch == 2:
             raise dcache.UsageError("it cannot run like this: no blocks")
-        return PolicyResult(policy=line.policy, batch=line.batch, tokens_per_step=1, unmask=line.unmask, steps=5)
+        return Timed(line, result_of(line))
 
     monkeypatch.setattr(e2e, "measure", measure)
     lines = tasks(["none"], EndToEndSettings(batch=(8, 2, 1)))
-    found = list(results(model, lines, Simple(), lambda engine, state: {}))
+    found = [timed.result for timed in results(model, lines, Simple())]
     assert [(r.batch, r.steps) for r in found] == [(8, 0), (2, 0), (1, 5)]
     assert found[0].failure == "out of memory with batch 8, after 0.0 GiB; try a smaller batch"
     assert found[1].failure == "it cannot run like this: no blocks"
@@ -133,8 +149,51 @@ def test_a_line_that_fails_says_why_and_the_next_one_runs(monkeypatch):
 def test_a_policy_that_does_not_suit_the_unmasker_is_told_apart():
     model = dcache.load_model("tiny-llada", device="cpu")
     line = Task("dkv(variant=greedy)", 1, 1, SETTINGS)
-    (found,) = results(model, [line], Simple(), lambda engine, state: {})
-    assert found.failure.startswith("it cannot run like this: ")
+    (found,) = results(model, [line], Simple(), idle=True)
+    assert found.result.failure.startswith("it cannot run like this: ")
+    assert found.idle is None
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (torch.OutOfMemoryError(), "out of memory with batch 8, after 0.0 GiB; try a smaller batch"),
+        (dcache.PolicyError("d2, step 3: no rows"), "d2, step 3: no rows"),
+    ],
+)
+def test_a_profile_that_fails_says_why_beside_the_times_and_the_next_one_runs(monkeypatch, error, why):
+    model = SimpleNamespace(device=torch.device("cpu"))
+
+    def profiled(model, known, split, trace):
+        if known.line.batch == 8:
+            raise error
+        return {"gaps": "some"}
+
+    monkeypatch.setattr(e2e, "profiled", profiled)
+    lines = tasks(["none"], EndToEndSettings(batch=(8, 1)))
+    timed = [Timed(line, result_of(line)) for line in lines]
+    (first, failed), (second, good) = profiles(model, timed, split=True, trace=True)
+    assert (first, second) == (0, 1)
+    assert failed == timed[0].result.model_copy(update={"unprofiled": why})
+    assert good == timed[1].result.model_copy(update={"gaps": "some"})
+
+
+def test_a_line_without_times_is_not_profiled(monkeypatch):
+    monkeypatch.setattr(e2e, "profiled", lambda *given: {})
+    lines = tasks(["none"], EndToEndSettings(batch=(8, 1)))
+    failed, good = (result_of(line) for line in lines)
+    timed = [Timed(lines[0], failed.model_copy(update={"failure": "too large"})), Timed(lines[1], good)]
+    assert list(profiles(SimpleNamespace(device=torch.device("cpu")), timed, True, True)) == [(1, good)]
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(None, 66), (8, 8), (224, 66)])
+def test_an_idle_share_is_of_steps_that_were_decoded_before_and_there_may_be_none(monkeypatch, limit, steps):
+    asked = []
+    monkeypatch.setattr(profiling, "decode", lambda engine, state, limit: asked.append(limit))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    engine = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")))
+    assert profiling.idle_share(engine, lambda: None, limit) is None
+    assert asked == [steps]
 
 
 def test_passes_are_found_in_a_real_profile():

@@ -7,12 +7,10 @@ import torch
 
 import dcache
 from dcache.bench import clock
-from dcache.bench.activity import gaps, splits
 from dcache.bench.cases import OPS, Draw, Size
-from dcache.bench.e2e import Task, floor_of, results
+from dcache.bench.e2e import Task, floor_of, profiles, results, tasks
 from dcache.bench.images import requests, stages
 from dcache.bench.kernels import ceilings, measure
-from dcache.bench.profile import profiled_steps
 from dcache.bench.reports import Ceilings, EndToEndSettings, ImageSettings
 
 pytestmark = [
@@ -55,12 +53,10 @@ def test_a_policy_is_timed_split_and_traced() -> None:
     model = dcache.load_model("tiny-llada", device="cuda")
     settings = EndToEndSettings(prompt=40, gen=32, block=32, repeats=2)
 
-    def extra(engine, state):
-        steps = profiled_steps(engine, state)
-        return {"split": splits(steps), "gaps": gaps(steps)}
-
-    (found,) = results(model, [Task("none", 1, 1, settings)], floor_of(model, settings), extra)
-    assert found.failure is None
+    timed = list(results(model, [Task("none", 1, 1, settings)], floor_of(model, settings), idle=True))
+    ((place, found),) = profiles(model, timed, split=True, trace=True)
+    assert place == 0
+    assert (found.failure, found.unprofiled) == (None, None)
     assert found.graphs
     assert found.captured > 0
     assert found.peak_bytes > 0
@@ -73,6 +69,22 @@ def test_a_policy_is_timed_split_and_traced() -> None:
     assert 0 < split.host < split.wall
     assert found.gaps.syncs == 1
     assert found.gaps.largest_gap_us > 0
+    assert 0 < found.gaps.idle < 1
+    assert found.gaps.idle == timed[0].idle
+    assert found.all == timed[0].result.all
+
+
+def test_every_policy_is_profiled_on_a_new_engine_whose_passes_are_recorded() -> None:
+    model = dcache.load_model("tiny-llada", device="cuda")
+    settings = EndToEndSettings(prompt=40, gen=32, block=32, repeats=1)
+    lines = tasks(["none", "elastic(gamma=0)", "d2"], settings)
+    timed = list(results(model, lines, floor_of(model, settings), idle=True))
+    assert all(0 < known.idle < 1 for known in timed)
+    for place, found in profiles(model, timed, split=True, trace=True):
+        assert found.policy == lines[place].policy
+        assert found.unprofiled is None
+        assert found.gaps.steps == 16
+        assert found.gaps.syncs == pytest.approx(1 + found.gaps.second_passes / 16, abs=1e-3)  # one a pass
 
 
 def test_requests_with_images_are_timed_on_recorded_passes() -> None:

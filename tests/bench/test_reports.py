@@ -104,6 +104,13 @@ def test_the_table_of_policies_shows_times_floor_split_and_gaps():
     assert "| 1.06 | 2 | 12.5 | 3.10 % |" in page
 
 
+def test_a_profile_that_failed_is_told_below_the_times():
+    missing = RESULT.model_copy(update={"split": [], "gaps": None, "unprofiled": "out of memory"})
+    page = combined(tables(REPORTS[2].model_copy(update={"results": [missing]})))
+    assert "elastic, batch 1, 1 a step: no profile: out of memory" in page
+    assert "| elastic | 1 | 1 | 4.50 |" in page
+
+
 def test_a_kernel_that_is_wrong_has_no_time_in_the_table():
     page = combined(tables(REPORTS[0]))
     assert "| probs, 16 rows | llada-8b | - | - | - |" in page
