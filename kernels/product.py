@@ -110,7 +110,7 @@ def add_product_triton(h: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 def add_product(h: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Add a product to `h` in place; the sum is taken in float32 and rounded once.
+    """Add a product to `h` in place. The kernel adds in float32 and rounds once; cuBLAS may round the product before.
 
     Args:
         h: (..., n), contiguous.

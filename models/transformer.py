@@ -149,8 +149,7 @@ class Block(nn.Module):
     def finish(self, h: Tensor, o: Tensor) -> Tensor:
         """Both residual additions of a layer, inference only: ``h + output(o)``, then ``+ ffn`` of that.
 
-        The first addition shares a kernel with the norm behind it; the second is done by the last product, which adds
-        to its result in float32 and rounds once.
+        The first addition shares a kernel with the norm behind it, the second one with the last product.
 
         Args:
             h: (batch, rows, d_model), input of the layer; left alone.
