@@ -55,10 +55,12 @@ class Both(CachePolicy):
             at.report("received", at.received(q, weight))
             at.report("similarity", at.similarity(at.probs(q), at.probs(-q), some, "heads"))
             at.report("kept", at.stored("H", some).sum((1, 2)))
+            at.report("mean", at.head_mean(q).nan_to_num().sum(1))
         if at.last:
             with at.aside():
                 every = at.across
                 q = every.stored("Q", some)
+                every.report("mean*", every.head_mean(q).nan_to_num().sum(1))
                 every.report("received*", every.received(q, every.each(weight)))
                 every.report("similarity*", every.similarity(every.probs(q), every.probs(-q), some, "heads"))
                 every.report("kept*", every.stored("H", some).sum((1, 2)))
@@ -137,16 +139,16 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Given:
     """The log-sum-exps (layers * batch, heads, n) that ops were given, each with that of the formula."""
     heard: Given = []
 
-    def listening(op: Any) -> Any:
+    def listening(op: Any, first: int) -> Any:
         def heard_op(q: Tensor, k: Tensor, *more: Any) -> Tensor:
-            visible, lanes, lse = more[-3:]
+            visible, lanes, lse = more[first : first + 3]
             heard.append((lse, attend_lse_ref(q, k, k, visible, lanes)[1]))
             return op(q, k, *more)
 
         return heard_op
 
-    for name in ("probs", "received"):
-        monkeypatch.setattr(across, name, listening(getattr(across, name)))
+    for name, first in (("probs", 0), ("received", 1)):
+        monkeypatch.setattr(across, name, listening(getattr(across, name), first))
     return heard
 
 
