@@ -188,6 +188,70 @@ def test_what_attention_found_is_not_given_where_it_may_not_hold(
     assert sum(found) == 2 * twice * len(trace)  # all of them in first passes
 
 
+class Rolls(Again):
+    """Reports a rollout of all layers at once where there is one, and that of one layer after the other.
+
+    Attributes:
+        rolled: for each pass, whether there was one.
+    """
+
+    def __init__(self, then: str = "nothing", visible: str = "all"):
+        super().__init__(then, visible)
+        self.rolled: list[bool] = []
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        q = at.refresh(rows, h)
+        o = at.attend(rows.clone() if (self.then, at.index) == ("attend elsewhere", 1) else rows, q)
+        if (self.then, at.index) == ("write", 1):
+            at.write(rows, k=at.stored("K", rows))
+        first = at.index == at.now.first
+        self.passed = [*(() if first else self.passed), (at, q)]
+        if at.last:
+            self.rolled.append(at.across.rolls(rows))
+            with at.aside():
+                expected = self.one_by_one(rows)
+                every = at.across.rollout([q for _, q in self.passed], rows) if self.rolled[-1] else expected
+                at.report("rollout", every, per_layer=False)
+                at.report("expected", expected, per_layer=False)
+        return rows, at.finish(h, o)
+
+    def one_by_one(self, rows: Tensor) -> Tensor:
+        at, _ = self.passed[0]
+        sums = torch.ones(len(rows), at.dump + 1)
+        for at, q in reversed(self.passed):
+            sums = sums.scatter(1, rows, sums.gather(1, rows) / 2 * (rows < at.dump))
+            sums = sums + at.received(q, sums.gather(1, rows)) / q.shape[1]
+        return sums[:, :-1]
+
+
+@pytest.mark.parametrize("visible", ["all", "mask", "by layer"])
+@pytest.mark.parametrize("buckets", [(), (8, 64)])
+def test_a_rollout_of_all_layers_is_that_of_one_after_the_other(visible: str, buckets: tuple[int, ...]) -> None:
+    policy = Rolls(visible=visible)
+    trace = go(policy, buckets=buckets)
+    assert all(policy.rolled)
+    for step in trace:
+        found, expected = (step.reports[name][step.active] for name in ("rollout", "expected"))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        if visible == "all":
+            np.testing.assert_allclose(found.sum(1), found.shape[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "then", ["attend elsewhere", "write", "run again", "attend with many rows", "few rows at most"]
+)
+def test_there_is_no_rollout_of_all_layers_where_it_may_not_hold(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if then == "attend with many rows":
+        monkeypatch.setattr("dcache.engine.layer.FEW_ROWS", 0)
+    if then == "few rows at most":
+        monkeypatch.setattr(across, "MOST", 3)
+    policy = Rolls(then)
+    trace = go(policy)
+    rows = [step.rows.sum(1).max() for step in trace]
+    expected = {"run again": [True, False] * len(trace), "few rows at most": [n <= 3 for n in rows]}
+    assert policy.rolled == expected.get(then, [False] * len(trace))
+
+
 def test_they_can_be_recorded() -> None:
     plain, recorded = go(Both(), buckets=(8, 64)), go(Both(), buckets=(8, 64), executor=Recorder())
     for a, b in zip(plain, recorded, strict=True):
