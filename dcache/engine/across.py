@@ -94,10 +94,11 @@ class Across:
         """
         q, shape = torch.stack(list(queries)).flatten(0, 1), (self.n_layers, len(rows))
         k, rest = self._keys, (self._visible, self._lanes, self._lse_of(rows))
-        flow = head_mean(q, k, *rest, self.each(rows), self.n_layers).unflatten(0, shape)
-        passed, own = rollout(flow, rows < self._at.dump)
-        others = received(q, k, passed.flatten(0, 1), *rest, self.n_layers).unflatten(0, shape).sum(0)
-        return (1 + others / q.shape[1]).scatter(1, rows, own)[:, :-1]
+        flow = head_mean(q, k, *rest, self.each(rows), self.n_layers)
+        passed, own = rollout(flow.view(*shape, *flow.shape[1:]), rows < self._at.dump)
+        others = received(q, k, passed.flatten(0, 1), *rest, self.n_layers)
+        total = 1 + others.view(*shape, -1).sum(0) / q.shape[1]
+        return total.scatter(1, rows, own)[:, :-1]
 
     def similarity(self, past: Tensor, now: Tensor, rows: Tensor, over: str) -> Tensor:
         """`Layer.similarity` of two results of `probs` for `rows` (batch, n): (layers * batch,)."""
