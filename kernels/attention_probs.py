@@ -7,6 +7,8 @@
 
 Lane b reads the keys of sequence ``s(b) = lanes[b]``, or b without lanes; query head h reads key/value head
 ``g(h) = h // (heads / kv_heads)``. Every result has one more column than there are keys, for the dump slot: always 0.
+`head_mean` also gives the columns of chosen keys alone, ``out[b, i, c] = mean_h p[b, h, i, columns[b, c]]``, with the
+softmax over all visible keys as before.
 
 The softmax is taken in float32 whatever the dtype of the model. The twins materialise heads x rows x slots; that of
 `received` for `ROWS_AT_ONCE` rows at a time, since policies ask for it over all rows of a sequence.
@@ -14,7 +16,8 @@ The softmax is taken in float32 whatever the dtype of the model. The twins mater
 The kernels work on tiles of scores. A first one finds the log-sum-exp of every row, which the caller may know already;
 a second one computes the scores again and has the probabilities at once. Where a result is a sum over heads, groups of
 them make partial sums, which a last kernel adds in a fixed order. A hidden key spoils no score but its own, and that is
-replaced. How work is divided depends on the shape of one lane alone, so a lane's bits do not depend on its batch.
+replaced. How work is divided depends on the shape of one lane alone, so a lane's bits do not depend on its batch; where
+the lanes are those of several layers, it may depend on how many layers, which is a property of the model.
 """
 
 from typing import Any, NamedTuple
@@ -48,6 +51,10 @@ TILES = {  # by kernel, for few, some and many rows
     "mean": (Tile(16, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 3)),
 }
 FEW, SOME = 16, 256
+# From `FEWEST` to `SOME` rows of all layers at once. There are enough programs without a fine division, and what counts
+# is how often an operand is read from the second-level cache: once per tile of the other operand, so those are large.
+ALL_LAYERS = {"received": Tile(32, 128, 4, 3), "mean": Tile(64, 64, 4, 2)}
+FEWEST = 65
 
 
 def probs_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None = None) -> Tensor:
@@ -107,13 +114,19 @@ def received_ref(q: Tensor, k: Tensor, weight: Tensor, visible: Tensor | None, l
 
 
 def received_triton(
-    q: Tensor, k: Tensor, weight: Tensor, visible: Tensor | None, lanes: Tensor | None, lse: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    weight: Tensor,
+    visible: Tensor | None,
+    lanes: Tensor | None,
+    lse: Tensor | None,
+    layers: int = 1,
 ) -> Tensor:
     """Launch the kernels of `received`."""
     common, (batch, heads, n, slots) = _common(q, k, visible, lanes)
     lse, splits = _row_lse(q, k, common, weight) if lse is None else (lse.contiguous(), 1)
     packed = heads // k.shape[1] * n
-    tile = _tile("received", packed, q)
+    tile = _tile("received", packed, q, layers)
     row_blocks, key_blocks = triton.cdiv(packed, tile["BLOCK_M"]), triton.cdiv(slots, tile["BLOCK_N"])
     per = _share(row_blocks, key_blocks * k.shape[1])
     parts = triton.cdiv(row_blocks, per)
@@ -140,6 +153,7 @@ def received(
     visible: Tensor | None = None,
     lanes: Tensor | None = None,
     lse: Tensor | None = None,
+    layers: int = 1,
 ) -> Tensor:
     """Attention that each key receives, summed over heads and weighted rows.
 
@@ -150,29 +164,47 @@ def received(
         visible: (batch, 1 or kv_heads, slots) bool, or None when every key is visible.
         lanes: as for `probs`.
         lse: as for `probs`.
+        layers: how many layers the batch is made of, each with the same number of sequences.
 
     Returns:
         (batch, slots + 1) float32.
     """
     if use_triton(q):
-        return received_triton(q, k, weight, visible, lanes, lse)
+        return received_triton(q, k, weight, visible, lanes, lse, layers)
     return received_ref(q, k, weight, visible, lanes)
 
 
-def head_mean_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None = None) -> Tensor:
+def head_mean_ref(
+    q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None = None, columns: Tensor | None = None
+) -> Tensor:
     """The torch twin of `head_mean`."""
-    return probs_ref(q, k, visible, lanes).mean(1)
+    mean = probs_ref(q, k, visible, lanes).mean(1)
+    return mean if columns is None else mean.gather(-1, columns[:, None].expand(-1, q.shape[2], -1))
 
 
-def head_mean_triton(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None, lse: Tensor | None) -> Tensor:
+def head_mean_triton(
+    q: Tensor,
+    k: Tensor,
+    visible: Tensor | None,
+    lanes: Tensor | None,
+    lse: Tensor | None,
+    columns: Tensor | None = None,
+    layers: int = 1,
+) -> Tensor:
     """Launch the kernels of `head_mean`."""
     common, _ = _common(q, k, visible, lanes)
     lse, splits = _row_lse(q, k, common) if lse is None else (lse.contiguous(), 1)
-    return _mean(q, k, common, lse, splits)
+    return _mean(q, k, common, lse, splits, columns, layers)
 
 
 def head_mean(
-    q: Tensor, k: Tensor, visible: Tensor | None = None, lanes: Tensor | None = None, lse: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    visible: Tensor | None = None,
+    lanes: Tensor | None = None,
+    lse: Tensor | None = None,
+    columns: Tensor | None = None,
+    layers: int = 1,
 ) -> Tensor:
     """Attention rows averaged over heads.
 
@@ -182,11 +214,16 @@ def head_mean(
         visible: (batch, 1 or kv_heads, slots) bool, or None when every key is visible.
         lanes: as for `probs`.
         lse: as for `probs`.
+        columns: (batch, m) int64 in 0..slots, the keys whose columns are wanted, where that of the dump slot is 0;
+            None for all of them.
+        layers: as for `received`.
 
     Returns:
-        (batch, rows, slots + 1) float32.
+        (batch, rows, slots + 1) float32, or (batch, rows, m) with `columns`.
     """
-    return head_mean_triton(q, k, visible, lanes, lse) if use_triton(q) else head_mean_ref(q, k, visible, lanes)
+    if use_triton(q):
+        return head_mean_triton(q, k, visible, lanes, lse, columns, layers)
+    return head_mean_ref(q, k, visible, lanes, columns)
 
 
 def products_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None = None) -> Tensor:
@@ -261,9 +298,10 @@ def _side(size: int) -> int:
     return max(int(triton.next_power_of_2(size)), 16)
 
 
-def _tile(kernel: str, rows: int, q: Tensor) -> dict[str, int]:
-    """The launch arguments of a kernel that works on `rows` rows per key/value head, or per head."""
+def _tile(kernel: str, rows: int, q: Tensor, layers: int = 1) -> dict[str, int]:
+    """The launch arguments of a kernel that works on `rows` rows per key/value head, or per head, of some layers."""
     tile = TILES[kernel][0 if rows <= FEW else 1 if rows <= SOME else 2]
+    tile = ALL_LAYERS[kernel] if layers > 1 and FEWEST <= rows <= SOME else tile
     if _side(q.shape[-1]) * q.element_size() > 256:  # wide rows: what is to stay in shared memory must fit
         tile = Tile(min(tile.rows, 32), 32, 8, 2)
     return {
@@ -296,21 +334,33 @@ def _row_lse(q: Tensor, k: Tensor, common: dict[str, Any], weight: Tensor | None
     return lse, splits
 
 
-def _mean(q: Tensor, k: Tensor, common: dict[str, Any], lse: Tensor | None, splits: int) -> Tensor:
-    """Mean over heads of the probabilities, or of the bare products without `lse`: (batch, rows, slots + 1)."""
+def _mean(
+    q: Tensor,
+    k: Tensor,
+    common: dict[str, Any],
+    lse: Tensor | None,
+    splits: int,
+    columns: Tensor | None = None,
+    layers: int = 1,
+) -> Tensor:
+    """Mean over heads of the probabilities, or of the bare products without `lse`: (batch, rows, slots + 1 or m)."""
     batch, heads, n, _ = q.shape
-    tile = _tile("mean", n, q)
-    key_blocks = triton.cdiv(k.shape[2], tile["BLOCK_N"])
+    wanted, wide = (k.shape[2], k.shape[2] + 1) if columns is None else (columns.shape[1], columns.shape[1])
+    tile = _tile("mean", n, q, layers)
+    key_blocks = triton.cdiv(wanted, tile["BLOCK_N"])
     blocks = key_blocks * triton.cdiv(n, tile["BLOCK_M"])
-    per = _share(heads, blocks)
+    per = _share(heads, blocks * layers)
     parts = triton.cdiv(heads, per)
-    partial = torch.empty(batch, parts, n, k.shape[2] + 1, dtype=torch.float32, device=q.device)
+    partial = torch.empty(batch, parts, n, wide, dtype=torch.float32, device=q.device)
     _mean_kernel[(blocks, parts, batch)](
         **common,
         **tile,
         lse=lse,
         splits=splits,
+        columns=columns,
+        columns_strides=(0, 0) if columns is None else columns.stride(),
         out=partial,
+        wide=wide,
         per=per,
         key_blocks=key_blocks,
         BLOCK_S=triton.next_power_of_2(splits),
@@ -554,16 +604,19 @@ def _mean_kernel(
     visible,
     lanes,
     lse,
+    columns,
     out,
     n,
     slots,
     splits,
+    wide,
     per,
     key_blocks,
     scale,
     q_strides,
     k_strides,
     visible_strides,
+    columns_strides,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -572,12 +625,20 @@ def _mean_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """out[b, part, i, j] = 1 / heads * sum over the heads of a part of p[b, h, i, j], or without `lse` of q . k."""
+    """out[b, part, i, c] = 1 / heads * sum over the heads of a part of p[b, h, i, j], or without `lse` of q . k.
+
+    Key j is c, or columns[b, c].
+    """
     i_n, i_m = tl.program_id(0) % key_blocks, tl.program_id(0) // key_blocks
     i_part, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_m, o_c = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m_m = o_m < n
+    if columns is None:
+        o_n = o_c
+    else:
+        p_columns = columns + i_b * columns_strides[0] + o_c * columns_strides[1]
+        o_n = tl.load(p_columns, mask=o_c < wide, other=slots)
     p_q = q + i_b * q_strides[0] + o_m * q_strides[2]
     p_k = k + _sequence(lanes, i_b) * k_strides[0] + o_n * k_strides[2]
 
@@ -595,8 +656,12 @@ def _mean_kernel(
             b_lse = _joined(lse + i_b * splits * HEADS * n, i_h * n + o_m, m_m, HEADS * n, splits, BLOCK_S)
             b_score = tl.exp2(b_score * (scale * LOG2E) - b_lse[:, None])
         b_sum += tl.where(m_n[None, :], b_score, 0.0)
-    p_out = out + (i_b * tl.num_programs(1) + i_part) * n * (slots + 1)
-    _store_rows(p_out, b_sum / HEADS, o_m, m_m, i_n, o_n, slots)
+    p_out = out + (i_b * tl.num_programs(1) + i_part) * n * wide
+    if columns is None:
+        _store_rows(p_out, b_sum / HEADS, o_m, m_m, i_n, o_n, slots)
+    else:
+        p_tile = p_out + o_m[:, None] * wide + o_c[None, :]
+        tl.store(p_tile, b_sum / HEADS, mask=m_m[:, None] & (o_c < wide)[None, :])
 
 
 @triton.jit

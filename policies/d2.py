@@ -132,12 +132,11 @@ class D2Cache(CachePolicy):
         return out, h
 
     def _rollout(self) -> Tensor:
-        """Column sums of ``W^L ... W^1``, (batch, slots) float32: a vector of ones, times one matrix after the other.
-
-        A row of W is half head-averaged attention and half identity if it was computed, else the identity.
-        """
-        at, rows, q = self._passed[0]
-        sums = torch.ones(rows.shape[0], at.dump + 1, device=rows.device)
+        """Column sums of ``W^L ... W^1``: half attention and half identity for a computed row, else the identity."""
+        at, rows, q = self._passed[-1]
+        if not at.compact and at.across.rolls(rows):  # the same, with the attention of all layers in one launch
+            return at.across.rollout([q for _, _, q in self._passed], rows)
+        sums = torch.ones(rows.shape[0], at.dump + 1, device=rows.device)  # times one matrix after the other
         factor = torch.ones_like(sums).scatter_(1, rows, 0.5 * (rows < at.dump))  # attention and identity, half each
         for at, rows, q in reversed(self._passed):
             sums.add_(at.received(q, sums.mul_(factor).gather(1, rows)), alpha=1 / q.shape[1])

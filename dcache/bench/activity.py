@@ -34,6 +34,7 @@ OURS = {  # by file of `dcache.kernels`
     "attention_probs": "statistics",
     "cosine": "statistics",
     "drift": "statistics",
+    "rollout": "statistics",
     "select": "statistics",
     "confidence": "unmasking",
     "product": "products",

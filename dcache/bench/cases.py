@@ -170,6 +170,13 @@ def products(d: Draw) -> Call:
     return Call((d.queries(), d.keys()), n_bytes, 2 * d.batch * d.n * d.spec.kv_width * d.slots)
 
 
+def rollout(d: Draw) -> Call:
+    """Attention of some rows to one another in all layers, 32 of them."""
+    flow = d.uniform(32, d.batch, d.n, d.n) / d.n
+    real = torch.ones(d.batch, d.n, dtype=torch.bool, device=d.device)
+    return Call((flow, real), flow.nbytes + 33 * 4 * d.batch * d.n, 2 * flow.numel())
+
+
 def drift(d: Draw) -> Call:
     """Two results of `probs`."""
     shape = (d.batch, d.spec.n_heads, d.n, d.slots + 1)
@@ -372,6 +379,7 @@ OPS: dict[str, Op] = {
     "received": Op("attention_probs", received, (Size(32, variant="lse"),), (Size(32), ALL, Size(1280, variant="lse"))),
     "head_mean": Op("attention_probs", head_mean, (BLOCK,), (Size(128), EIGHT)),
     "products": Op("attention_probs", products, (Size(32),)),
+    "rollout": Op("rollout", rollout, (), (BLOCK, Size(160), MANY)),
     "drift": Op("drift", drift, (Size(16, variant="heads"),), (Size(16, variant="rows"), Size(16, variant="flat"))),
     "cosine": Op("cosine", cosine, (MANY,)),
     "product": Op("product", product, (FEW, Size(32), Size(32, variant="out"), Size(32, variant="head")), (BLOCK,)),

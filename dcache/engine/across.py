@@ -6,19 +6,22 @@ a model has some thirty layers; where a statistic is only reported, this is what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dcache.kernels.attention_probs import probs, received
+from dcache.kernels.attention_probs import head_mean, probs, received
 from dcache.kernels.drift import drift
+from dcache.kernels.rollout import rollout
 from dcache.kernels.rows import take
 from dcache.kernels.select import find
 
 if TYPE_CHECKING:
     from dcache.engine.layer import Layer
+
+MOST = 256  # rows of a sequence up to which `Across.rollout` is faster than a product per layer
 
 
 class Across:
@@ -58,7 +61,44 @@ class Across:
 
     def received(self, q: Tensor, weight: Tensor, of: Tensor | None = None) -> Tensor:
         """`Layer.received` of all layers: `q` and `of` as for `probs`, `weight` (layers * batch, n)."""
-        return received(q, self._keys, weight, self._visible, self._lanes, self._lse_of(of))
+        lse = self._lse_of(of)
+        return received(q, self._keys, weight, self._visible, self._lanes, lse, self.n_layers)
+
+    def head_mean(self, q: Tensor, of: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+        """`Layer.head_mean` of all layers: `q` and `of` as for `probs`.
+
+        Args:
+            q: (layers * batch, heads, n, head_dim).
+            of: (batch, n).
+            columns: (batch, m), the keys whose columns are wanted, padded with the dump slot; None for all.
+
+        Returns:
+            (layers * batch, n, slots + 1) float32, or (layers * batch, n, m).
+        """
+        lse, wanted = self._lse_of(of), None if columns is None else self.each(columns)
+        return head_mean(q, self._keys, self._visible, self._lanes, lse, wanted, self.n_layers)
+
+    def rolls(self, rows: Tensor) -> bool:
+        """Whether `rollout` can be had for `rows` (batch, n): they are few, and all that attended in every layer."""
+        return rows.shape[1] <= MOST and rows is self._at.now.rows and self._known
+
+    def rollout(self, queries: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """Column sums of the product of all layers' mixing matrices, last layer on the left: see `kernels/rollout.py`.
+
+        Args:
+            queries: of each layer of this very pass, (batch, heads, n, head_dim).
+            rows: (batch, n), the rows they are of, for which `rolls` holds.
+
+        Returns:
+            (batch, slots) float32.
+        """
+        q, shape = torch.stack(list(queries)).flatten(0, 1), (self.n_layers, len(rows))
+        k, rest = self._keys, (self._visible, self._lanes, self._lse_of(rows))
+        flow = head_mean(q, k, *rest, self.each(rows), self.n_layers)
+        passed, own = rollout(flow.view(*shape, *flow.shape[1:]), rows < self._at.dump)
+        others = received(q, k, passed.flatten(0, 1), *rest, self.n_layers)
+        total = 1 + others.view(*shape, -1).sum(0) / q.shape[1]
+        return total.scatter(1, rows, own)[:, :-1]
 
     def similarity(self, past: Tensor, now: Tensor, rows: Tensor, over: str) -> Tensor:
         """`Layer.similarity` of two results of `probs` for `rows` (batch, n): (layers * batch,)."""
@@ -70,18 +110,25 @@ class Across:
 
     def _lse_of(self, of: Tensor | None) -> Tensor | None:
         """Log-sum-exps (layers * batch, heads, n) of rows `of`, if every layer found those of the rows of the pass."""
-        now, found = self._at.now, self._found
-        if of is None or now.start is not None or len(found) < self.n_layers:
+        if of is None or not self._known:
             return None
-        if any(rows is not now.rows for rows, _ in found.values()):
-            return None
-        lse = torch.stack([found[layer][1] for layer in range(self.n_layers)])  # (layers, batch, heads, rows)
-        place = find(now.rows, of)[:, None].expand(*lse.shape[:-1], -1)
+        lse = torch.stack([self._found[layer][1] for layer in range(self.n_layers)])  # (layers, batch, heads, rows)
+        if of is self._at.now.rows:
+            return lse.flatten(0, 1)
+        place = find(self._at.now.rows, of)[:, None].expand(*lse.shape[:-1], -1)
         return lse.gather(-1, place).flatten(0, 1)
 
     @property
-    def _lanes(self) -> Tensor:
-        """Where the lanes of each layer stand in a store whose layers and sequences are one axis."""
+    def _known(self) -> bool:
+        """Whether every layer found log-sum-exps of the rows of the pass, and no write has outdated them."""
+        now, found = self._at.now, self._found
+        return now.start is None and len(found) == self.n_layers and all(x is now.rows for x, _ in found.values())
+
+    @property
+    def _lanes(self) -> Tensor | None:
+        """Where the lanes of each layer stand in a store whose layers and sequences are one axis; None if all do."""
+        if self._at.now.whole:
+            return None
         lanes, sequences = self._at.lanes, self._tensors["K"].shape[1]
         layer = torch.arange(self.n_layers, device=lanes.device)[:, None]
         return (layer * sequences + lanes).flatten()

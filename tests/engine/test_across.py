@@ -55,10 +55,12 @@ class Both(CachePolicy):
             at.report("received", at.received(q, weight))
             at.report("similarity", at.similarity(at.probs(q), at.probs(-q), some, "heads"))
             at.report("kept", at.stored("H", some).sum((1, 2)))
+            at.report("mean", at.head_mean(q).nan_to_num().sum(1))
         if at.last:
             with at.aside():
                 every = at.across
                 q = every.stored("Q", some)
+                every.report("mean*", every.head_mean(q).nan_to_num().sum(1))
                 every.report("received*", every.received(q, every.each(weight)))
                 every.report("similarity*", every.similarity(every.probs(q), every.probs(-q), some, "heads"))
                 every.report("kept*", every.stored("H", some).sum((1, 2)))
@@ -137,16 +139,16 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Given:
     """The log-sum-exps (layers * batch, heads, n) that ops were given, each with that of the formula."""
     heard: Given = []
 
-    def listening(op: Any) -> Any:
+    def listening(op: Any, first: int) -> Any:
         def heard_op(q: Tensor, k: Tensor, *more: Any) -> Tensor:
-            visible, lanes, lse = more[-3:]
+            visible, lanes, lse = more[first : first + 3]
             heard.append((lse, attend_lse_ref(q, k, k, visible, lanes)[1]))
             return op(q, k, *more)
 
         return heard_op
 
-    for name in ("probs", "received"):
-        monkeypatch.setattr(across, name, listening(getattr(across, name)))
+    for name, first in (("probs", 0), ("received", 1)):
+        monkeypatch.setattr(across, name, listening(getattr(across, name), first))
     return heard
 
 
@@ -184,6 +186,70 @@ def test_what_attention_found_is_not_given_where_it_may_not_hold(
     assert len(found) == len(trace) * (9 if twice else 6)  # the second pass has no layer 0
     assert found[3:5] == [twice, twice]
     assert sum(found) == 2 * twice * len(trace)  # all of them in first passes
+
+
+class Rolls(Again):
+    """Reports a rollout of all layers at once where there is one, and that of one layer after the other.
+
+    Attributes:
+        rolled: for each pass, whether there was one.
+    """
+
+    def __init__(self, then: str = "nothing", visible: str = "all"):
+        super().__init__(then, visible)
+        self.rolled: list[bool] = []
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        q = at.refresh(rows, h)
+        o = at.attend(rows.clone() if (self.then, at.index) == ("attend elsewhere", 1) else rows, q)
+        if (self.then, at.index) == ("write", 1):
+            at.write(rows, k=at.stored("K", rows))
+        first = at.index == at.now.first
+        self.passed = [*(() if first else self.passed), (at, q)]
+        if at.last:
+            self.rolled.append(at.across.rolls(rows))
+            with at.aside():
+                expected = self.one_by_one(rows)
+                every = at.across.rollout([q for _, q in self.passed], rows) if self.rolled[-1] else expected
+                at.report("rollout", every, per_layer=False)
+                at.report("expected", expected, per_layer=False)
+        return rows, at.finish(h, o)
+
+    def one_by_one(self, rows: Tensor) -> Tensor:
+        at, _ = self.passed[0]
+        sums = torch.ones(len(rows), at.dump + 1)
+        for at, q in reversed(self.passed):
+            sums = sums.scatter(1, rows, sums.gather(1, rows) / 2 * (rows < at.dump))
+            sums = sums + at.received(q, sums.gather(1, rows)) / q.shape[1]
+        return sums[:, :-1]
+
+
+@pytest.mark.parametrize("visible", ["all", "mask", "by layer"])
+@pytest.mark.parametrize("buckets", [(), (8, 64)])
+def test_a_rollout_of_all_layers_is_that_of_one_after_the_other(visible: str, buckets: tuple[int, ...]) -> None:
+    policy = Rolls(visible=visible)
+    trace = go(policy, buckets=buckets)
+    assert all(policy.rolled)
+    for step in trace:
+        found, expected = (step.reports[name][step.active] for name in ("rollout", "expected"))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        if visible == "all":
+            np.testing.assert_allclose(found.sum(1), found.shape[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "then", ["attend elsewhere", "write", "run again", "attend with many rows", "few rows at most"]
+)
+def test_there_is_no_rollout_of_all_layers_where_it_may_not_hold(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if then == "attend with many rows":
+        monkeypatch.setattr("dcache.engine.layer.FEW_ROWS", 0)
+    if then == "few rows at most":
+        monkeypatch.setattr(across, "MOST", 3)
+    policy = Rolls(then)
+    trace = go(policy)
+    rows = [step.rows.sum(1).max() for step in trace]
+    expected = {"run again": [True, False] * len(trace), "few rows at most": [n <= 3 for n in rows]}
+    assert policy.rolled == expected.get(then, [False] * len(trace))
 
 
 def test_they_can_be_recorded() -> None:

@@ -14,10 +14,12 @@ SHAPES = {  # batch, heads, kv_heads, rows, slots, head_dim
     "one row": (1, 2, 2, 1, 150, 80),
     "some rows": (2, 2, 1, 33, 70, 16),
     "many rows": (1, 2, 1, 130, 40, 48),
+    "rows of all layers": (2, 2, 2, 66, 70, 16),
 }
 TRUE_SHAPES = {
     "LLaDA-8B, tracked": (2, 32, 32, 16, 1_281, 128),
     "LLaDA-8B, all": (1, 32, 32, 1_280, 1_280, 128),
+    "LLaDA-8B, rows of all layers": (4, 32, 32, 144, 1_280, 128),
     "Dream-7B": (2, 28, 4, 64, 4_096, 128),
 }
 # a product of bfloat16 numbers is exact in float32, and so is no score rounded: one tolerance for both
@@ -95,13 +97,34 @@ def assert_is(found: Tensor, expected: Tensor) -> None:
 
 
 def check(scene: Scene) -> None:
-    """All ops, with and without a known log-sum-exp."""
+    """All ops, with and without a known log-sum-exp, of one layer or of several."""
     assert_is(ops.products_triton(scene.q, *scene.keys), scene.scores.mean(1))
+    mean, columns = scene.probs.mean(1), columns_of(scene)
+    k, *rest = scene.keys
     for lse in (None, scene.lse.float()):
-        k, *rest = scene.keys
         assert_is(ops.probs_triton(scene.q, k, *rest, lse), scene.probs)
         assert_is(ops.received_triton(scene.q, k, scene.weight, *rest, lse), scene.received())
-        assert_is(ops.head_mean_triton(scene.q, k, *rest, lse), scene.probs.mean(1))
+        assert_is(ops.head_mean_triton(scene.q, k, *rest, lse), mean)
+        assert_is_of(columns, ops.head_mean_triton(scene.q, k, *rest, lse, columns), mean)
+    if (layers := len(scene.q)) > 1:
+        assert_is(ops.received_triton(scene.q, k, scene.weight, *rest, lse, layers), scene.received())
+        assert_is_of(columns, ops.head_mean_triton(scene.q, k, *rest, lse, columns, layers), mean)
+
+
+def columns_of(scene: Scene) -> Tensor:
+    """Ascending columns of each lane, padded with the dump slot: (batch, odd number)."""
+    batch, _, _, slots = scene.probs.shape
+    draw = torch.Generator(scene.q.device).manual_seed(slots)
+    order = torch.rand(batch, slots, generator=draw, device=scene.q.device).argsort(-1)[:, : slots // 2 | 1]
+    order[-1, -2:] = slots
+    return order.sort(-1).values
+
+
+def assert_is_of(columns: Tensor, found: Tensor, mean: Tensor) -> None:
+    """Equal but for rounding to those columns of `mean` (batch, rows, slots), 0 in that of the dump slot."""
+    assert found.dtype == torch.float32
+    expected = torch.nn.functional.pad(mean, (0, 1)).gather(-1, columns[:, None].expand(-1, mean.shape[1], -1))
+    torch.testing.assert_close(found.double(), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -123,6 +146,9 @@ def test_the_twins_follow_the_formulas_with_lanes() -> None:
     assert_is(ops.products(scene.q, k, visible, lanes), scene.scores.mean(1))
     assert_is(ops.received(scene.q, k, scene.weight, visible, lanes, scene.lse.float()), scene.received())
     assert_is(ops.head_mean(scene.q, k, visible, lanes, scene.lse.float()), scene.probs.mean(1))
+    columns = columns_of(scene)
+    chosen = ops.head_mean(scene.q, k, visible, lanes, scene.lse.float(), columns)
+    assert_is_of(columns, chosen, scene.probs.mean(1))
 
 
 def test_a_row_without_weight_adds_nothing_whatever_it_holds(device: str) -> None:
@@ -154,6 +180,9 @@ def test_a_lane_has_the_same_bits_alone_and_among_others(device: str) -> None:
     q, k, _, visible, lanes = both
     for op, more in ((ops.probs_triton, (None,)), (ops.products_triton, ())):
         assert torch.equal(op(q, k, visible, lanes, *more)[1:], op(alone[0], k, alone[3], alone[4], *more))
+    columns = columns_of(scene)
+    together = ops.head_mean_triton(q, k, visible, lanes, None, columns)
+    assert torch.equal(together[1:], ops.head_mean_triton(alone[0], k, alone[3], alone[4], None, columns[1:]))
 
 
 def test_queries_whose_numbers_lie_apart_are_refused() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dcache import Sampling, State, Unmasker
 from dcache.arrays import close_gaps, highest
 from dcache.decode import decode
-from dcache.engine import Engine
+from dcache.engine import Engine, across
 from dcache.engine.layer import Layer
 from dcache.models.transformer import Transformer
 from dcache.plugins import make_policy
@@ -115,6 +115,37 @@ def test_importance_sums_to_the_length_and_reused_rows_keep_their_own(shift: int
                 found = step.reports["importance"][b, : len(prompt) + 16]
                 assert found.sum() == pytest.approx(len(found), abs=1e-4)
                 assert (found[~step.rows[b, : len(found)]] >= 1 - 1e-6).all()
+
+
+def one_layer_after_the_other(monkeypatch: pytest.MonkeyPatch, policy: str | D2Cache, **more: Any) -> list[Step]:
+    with monkeypatch.context() as patched:
+        patched.setattr(across, "MOST", 0)
+        return go(make_policy(policy), **more)  # type: ignore[arg-type]
+
+
+@both_shifts
+def test_many_rows_are_rolled_out_one_layer_after_the_other(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Watched(current_k=5)
+    trace = one_layer_after_the_other(monkeypatch, policy, shift=shift, buckets=(8, 64))
+    for step, attention in zip(trace, policy.attention, strict=True):
+        for b, prompt in enumerate(PROMPTS):
+            if step.active[b]:
+                expected = dense(attention, b, len(prompt) + 16)
+                np.testing.assert_allclose(step.reports["importance"][b, : len(expected)], expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("policy", ["d2(current_k=4)", "sparse-dllm(inner=d2(current_k=4),keep=0.5)"])
+@pytest.mark.parametrize("buckets", [(), (8, 64)])
+def test_both_ways_to_roll_out_are_one_but_for_rounding(
+    policy: str, buckets: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more: dict[str, Any] = {"buckets": buckets, "block_length": 4, "prompts": [*PROMPTS, [7]]}
+    at_once = go(make_policy(policy), **more)  # type: ignore[arg-type]
+    for found, expected in zip(at_once, one_layer_after_the_other(monkeypatch, policy, **more), strict=True):
+        assert (found.rows == expected.rows).all()
+        assert (found.tokens == expected.tokens).all()
+        a, b = (step.reports["importance"][step.active] for step in (found, expected))
+        np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 # -- selection --------------------------------------------------------------------------------------------------------
