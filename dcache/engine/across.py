@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dcache.kernels.attention_probs import head_mean, probs, received
+from dcache.kernels.backend import use_triton
 from dcache.kernels.drift import drift
 from dcache.kernels.rollout import rollout
 from dcache.kernels.rows import take
@@ -79,8 +80,11 @@ class Across:
         return head_mean(q, self._keys, self._visible, self._lanes, lse, wanted, self.n_layers)
 
     def rolls(self, rows: Tensor) -> bool:
-        """Whether `rollout` can be had for `rows` (batch, n): they are few, and all that attended in every layer."""
-        return rows.shape[1] <= MOST and rows is self._at.now.rows and self._known
+        """Whether `rollout` can be had for `rows` (batch, n): they are few, and all that attended in every layer.
+
+        Only where kernels run: torch computes all scores at once, and here it would do so twice.
+        """
+        return use_triton(rows) and rows.shape[1] <= MOST and rows is self._at.now.rows and self._known
 
     def rollout(self, queries: Sequence[Tensor], rows: Tensor) -> Tensor:
         """Column sums of the product of all layers' mixing matrices, last layer on the left: see `kernels/rollout.py`.

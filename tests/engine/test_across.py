@@ -224,6 +224,13 @@ class Rolls(Again):
         return sums[:, :-1]
 
 
+@pytest.fixture
+def as_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rollout of all layers is to be had on a CPU too."""
+    monkeypatch.setattr(across, "use_triton", lambda rows: True)
+
+
+@pytest.mark.usefixtures("as_with_kernels")
 @pytest.mark.parametrize("visible", ["all", "mask", "by layer"])
 @pytest.mark.parametrize("buckets", [(), (8, 64)])
 def test_a_rollout_of_all_layers_is_that_of_one_after_the_other(visible: str, buckets: tuple[int, ...]) -> None:
@@ -237,6 +244,13 @@ def test_a_rollout_of_all_layers_is_that_of_one_after_the_other(visible: str, bu
             np.testing.assert_allclose(found.sum(1), found.shape[1], rtol=1e-5)
 
 
+def test_without_kernels_there_is_no_rollout_of_all_layers() -> None:
+    policy = Rolls()
+    go(policy)
+    assert not any(policy.rolled)
+
+
+@pytest.mark.usefixtures("as_with_kernels")
 @pytest.mark.parametrize(
     "then", ["attend elsewhere", "write", "run again", "attend with many rows", "few rows at most"]
 )

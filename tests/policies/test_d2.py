@@ -117,16 +117,13 @@ def test_importance_sums_to_the_length_and_reused_rows_keep_their_own(shift: int
                 assert (found[~step.rows[b, : len(found)]] >= 1 - 1e-6).all()
 
 
-def one_layer_after_the_other(monkeypatch: pytest.MonkeyPatch, policy: str | D2Cache, **more: Any) -> list[Step]:
-    with monkeypatch.context() as patched:
-        patched.setattr(across, "MOST", 0)
-        return go(make_policy(policy), **more)  # type: ignore[arg-type]
-
-
 @both_shifts
-def test_many_rows_are_rolled_out_one_layer_after_the_other(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_kernels_few_rows_are_rolled_out_in_all_layers_at_once(
+    shift: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(across, "use_triton", lambda rows: True)
     policy = Watched(current_k=5)
-    trace = one_layer_after_the_other(monkeypatch, policy, shift=shift, buckets=(8, 64))
+    trace = go(policy, shift=shift, buckets=(8, 64))
     for step, attention in zip(trace, policy.attention, strict=True):
         for b, prompt in enumerate(PROMPTS):
             if step.active[b]:
@@ -140,8 +137,9 @@ def test_both_ways_to_roll_out_are_one_but_for_rounding(
     policy: str, buckets: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more: dict[str, Any] = {"buckets": buckets, "block_length": 4, "prompts": [*PROMPTS, [7]]}
-    at_once = go(make_policy(policy), **more)  # type: ignore[arg-type]
-    for found, expected in zip(at_once, one_layer_after_the_other(monkeypatch, policy, **more), strict=True):
+    one_by_one = go(make_policy(policy), **more)  # type: ignore[arg-type]
+    monkeypatch.setattr(across, "use_triton", lambda rows: True)
+    for found, expected in zip(go(make_policy(policy), **more), one_by_one, strict=True):  # type: ignore[arg-type]
         assert (found.rows == expected.rows).all()
         assert (found.tokens == expected.tokens).all()
         a, b = (step.reports["importance"][step.active] for step in (found, expected))
