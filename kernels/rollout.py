@@ -11,9 +11,7 @@ layer above, attention of the computed rows to one another is enough: ``flow[l, 
 A key that was not computed has ``1 + sum_{l, i} passed[l, b, i] F``, with F its attention from row i in layer l: a sum
 that needs no order.
 
-The kernel is one launch, with a program per sequence that goes through the layers and keeps the sums. While it
-multiplies a chunk of the flow it loads the next, also the first of the next layer. So one processor of the GPU reads
-all of the flow, 64 bytes per clock at best: meant for some 256 rows, where a launch per layer takes longer.
+The kernel is a launch per layer, of some microseconds: each program has some columns and all rows.
 """
 
 import torch
@@ -21,7 +19,8 @@ from torch import Tensor
 
 from dcache.kernels.backend import tl, triton, use_triton
 
-TILE = 2**14  # numbers of F that a program multiplies at a time, and as many that it loads meanwhile
+BLOCK = 256  # rows that a program multiplies at a time
+COLUMNS = 32  # of a program
 
 
 def rollout_ref(flow: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,25 +34,25 @@ def rollout_ref(flow: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rollout_triton(flow: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Launch the kernel of `rollout`."""
+    """Launch the kernel of `rollout` for every layer."""
     layers, batch, n, _ = flow.shape
     passed = torch.empty(layers, batch, n, dtype=torch.float32, device=flow.device)
     sums = torch.empty(batch, n, dtype=torch.float32, device=flow.device)
-    block = max(triton.next_power_of_2(n), 16)
-    chunk = min(max(TILE // block, 1), block)
-    _rollout_kernel[(batch,)](
-        flow,
-        real,
-        passed,
-        sums,
-        layers,
-        n,
-        flow.stride(),
-        real.stride(),
-        BLOCK=block,
-        CHUNK=chunk,
-        num_warps=max(min(block * chunk // 1024, 16), 1),
-    )
+    torch.mul(real, 0.5, out=passed[-1])
+    for layer in reversed(range(layers)):
+        _rollout_kernel[(triton.cdiv(n, COLUMNS), batch)](
+            flow[layer],
+            real,
+            passed[layer],
+            passed[layer - 1] if layer else sums,
+            0.5 if layer else 1.0,
+            n,
+            flow.stride()[1:],
+            real.stride(),
+            BLOCK=min(max(triton.next_power_of_2(n), 16), BLOCK),
+            COLUMNS=COLUMNS,
+            num_warps=4,
+        )
     return passed, sums
 
 
@@ -73,50 +72,29 @@ def rollout(flow: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _chunk(flow, i_b, i_l, i_c, n, strides, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Rows of chunk i_c of layer i_l, (CHUNK, BLOCK)."""
-    o_i, o_j = i_c * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK)
-    p_flow = (
-        flow
-        + tl.cast(i_l, tl.int64) * strides[0]
-        + i_b * strides[1]
-        + o_i[:, None] * strides[2]
-        + o_j[None, :] * strides[3]
-    )
-    return tl.load(p_flow, mask=(o_i < n)[:, None] & (o_j < n)[None, :], other=0.0)
-
-
-@triton.jit
 def _rollout_kernel(
     flow,
     real,
     passed,
-    sums,
-    layers,
+    out,
+    share,
     n,
     strides,
     real_strides,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """passed[l, b] = sums / 2, sums = passed[l, b] + passed[l, b] @ flow[l, b], from the last layer to the first."""
-    i_b = tl.program_id(0).to(tl.int64)
-    o_i, o_j = tl.arange(0, CHUNK), tl.arange(0, BLOCK)
-    b_real = tl.load(real + i_b * real_strides[0] + o_j * real_strides[1], mask=o_j < n, other=0).to(tl.int1)
-    b_sums = tl.where(b_real, 1.0, 0.0)
-    chunks = tl.cdiv(n, CHUNK)
-    b_next = _chunk(flow, i_b, layers - 1, 0, n, strides, BLOCK, CHUNK)
-    for i in range(layers):
-        i_l = layers - 1 - i
-        b_passed = b_sums * 0.5
-        tl.store(passed + (i_l * tl.num_programs(0) + i_b) * n + o_j, b_passed, mask=o_j < n)
-        b_each = tl.zeros((CHUNK, BLOCK), tl.float32)
-        for i_c in range(chunks):
-            b_flow = b_next
-            i_next = i * chunks + i_c + 1  # of the chunks of all layers; behind the last, one is read for nothing
-            i_of = tl.maximum(layers - 1 - i_next // chunks, 0)
-            b_next = _chunk(flow, i_b, i_of, i_next % chunks, n, strides, BLOCK, CHUNK)
-            b_weight = tl.gather(b_passed, i_c * CHUNK + o_i, 0)[:, None]
-            b_each = tl.where(b_weight != 0, b_each + b_weight * b_flow, b_each)  # 0: a padded row, whatever it holds
-        b_sums = tl.where(b_real, b_passed + tl.sum(b_each, 0), 0.0)
-    tl.store(sums + i_b * n + o_j, b_sums, mask=o_j < n)
+    """out[b, j] = share * (passed[b, j] + sum_i passed[b, i] flow[b, i, j]), of one layer; 0 for a padded column."""
+    i_b = tl.program_id(1).to(tl.int64)
+    o_j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    p_real, p_passed, p_flow = real + i_b * real_strides[0], passed + i_b * n, flow + i_b * strides[0]
+    b_column = tl.load(p_real + o_j * real_strides[1], mask=o_j < n, other=0) != 0
+    b_sum = tl.load(p_passed + o_j, mask=o_j < n, other=0.0)
+    for i_row in range(0, n, BLOCK):
+        o_i = i_row + tl.arange(0, BLOCK)
+        b_row = tl.load(p_real + o_i * real_strides[1], mask=o_i < n, other=0) != 0
+        b_passed = tl.load(p_passed + o_i, mask=o_i < n, other=0.0)
+        m_flow = b_row[:, None] & b_column[None, :]
+        b_flow = tl.load(p_flow + o_i[:, None] * strides[1] + o_j[None, :] * strides[2], mask=m_flow, other=0.0)
+        b_sum += tl.sum(b_passed[:, None] * b_flow, 0)
+    tl.store(out + i_b * n + o_j, tl.where(b_column, share * b_sum, 0.0), mask=o_j < n)

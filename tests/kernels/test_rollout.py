@@ -51,12 +51,13 @@ def test_it_is_the_product_of_all_layers_whatever_padded_rows_hold(
     check(op, shape, device)
 
 
-def test_chunks_of_few_rows_and_strides_of_any_kind(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_few_rows_and_strides_of_any_kind(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flow, real = build((3, 2, 21), device)
     expected = rollout_ref(flow, real)
     turned = flow.transpose(2, 3).contiguous().transpose(2, 3)
-    for tile in (64, 256):  # of 2 and of 8 rows
-        monkeypatch.setattr(module, "TILE", tile)
+    for block, columns in ((4, 16), (8, 2)):
+        monkeypatch.setattr(module, "BLOCK", block)
+        monkeypatch.setattr(module, "COLUMNS", columns)
         for x in (flow, turned, flow.transpose(0, 1).contiguous().transpose(0, 1)):
             for a, b in zip(rollout_triton(x, real), expected, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
