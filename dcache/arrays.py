@@ -16,13 +16,22 @@ Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float32]
 
 
-def positions(mask: Bools, fill: int, width: Callable[[int], int] = int) -> Ints:
-    """Turn a mask (batch, n) into ascending indices, padded with `fill` to what `width` makes of the longest list."""
+def positions(mask: Bools, fill: int, width: Callable[[int], int] = int, least: int = 0) -> Ints:
+    """Turn a mask (batch, n) into ascending indices, padded with `fill` to what `width` makes of the longest list.
+
+    The longest list counts as `least` if it is shorter.
+    """
     found = [row.nonzero()[0] for row in mask]
-    table = np.empty((len(found), width(max(map(len, found)))), dtype=np.int64)
+    table = np.empty((len(found), width(max(least, *map(len, found)))), dtype=np.int64)
+    table.fill(fill)
     for b, index in enumerate(found):
-        table[b, : len(index)], table[b, len(index) :] = index, fill
+        table[b, : len(index)] = index
     return table
+
+
+def places(mask: Bools) -> Ints:
+    """Ascending indices of the true entries of `mask`, flattened; a third of the time of `np.flatnonzero`."""
+    return mask.ravel().nonzero()[0]
 
 
 def leftmost(mask: Bools, n: int) -> Bools:
@@ -40,20 +49,46 @@ def first(mask: Bools, otherwise: Ints | int) -> Ints:
 
 def highest(score: np.ndarray, among: Bools, count: Ints | int) -> Bools:
     """Mark the `count` (batch,) highest scores (batch, n) of `among`, or all if they are fewer; ties go left."""
-    chosen = np.zeros_like(among)
+    chosen = np.zeros(among.shape, dtype=bool)
     for b, wanted in enumerate([count] * len(among) if isinstance(count, int) else count.tolist()):
         index = among[b].nonzero()[0]
         if 0 < wanted < len(index):  # a partition, because a stable sort of 4,096 costs 0.7 ms
-            value = score[b][index]
-            cut = np.partition(value, -wanted)[-wanted]
-            kept = value >= cut
-            surplus = np.count_nonzero(kept) - wanted
-            if surplus > 0:  # of those equal to the cut the rightmost are too many
-                kept[np.flatnonzero(value == cut)[-surplus:]] = False
-            chosen[b, index] = kept
-        elif wanted > 0:
-            chosen[b, index] = True
+            value = score[b].take(index)
+            index = index[_reaching(np.partition(value, -wanted)[-wanted], value, wanted)]
+        if wanted > 0:
+            chosen[b][index] = True
     return chosen
+
+
+def heaviest(weight: np.ndarray, among: Bools, share: float, beyond: bool = False) -> Bools:
+    """Mark those of `among` (batch, n) with the highest weights (batch, n), as many as make up a `share` of all.
+
+    Args:
+        weight: none is negative; ties go left.
+        among: what is weighed.
+        share: of the sum of their weights, and of 1e-9 more.
+        beyond: also mark the one that passes the share; otherwise the sum stays within it, unless one alone passes.
+    """
+    chosen = np.zeros(among.shape, dtype=bool)
+    for b, row in enumerate(among):
+        index = row.nonzero()[0]
+        if len(index):
+            value = weight[b].take(index)
+            falling = np.sort(value)[::-1]
+            mass = falling.cumsum()
+            within = int(mass.searchsorted(share * (mass[-1] + 1e-9), "right"))
+            wanted = min(within + 1, len(index)) if beyond else max(within, 1)
+            chosen[b][index[_reaching(falling[wanted - 1], value, wanted)]] = True
+    return chosen
+
+
+def _reaching(cut: float, score: np.ndarray, count: int) -> Bools:
+    """Mark the scores (n,) that are at least `cut`, the `count`-th highest; of those equal to it the leftmost."""
+    kept: Bools = score >= cut
+    surplus = np.count_nonzero(kept) - count
+    if surplus > 0:
+        kept[places(score == cut)[-surplus:]] = False
+    return kept
 
 
 def close_gaps(mask: Bools, width: int) -> Bools:

@@ -3,11 +3,14 @@
 from functools import partial
 from time import perf_counter
 
+import torch
+
 from dcache.engine import Engine
 from dcache.state import State
 from dcache.trace import Step
 
 
+@torch.inference_mode()
 def decode(engine: Engine, state: State, limit: int | None = None) -> list[Step]:
     """Denoise ``state.tokens`` (batch, slots) until no row is masked; return one record per step.
 
@@ -17,7 +20,7 @@ def decode(engine: Engine, state: State, limit: int | None = None) -> list[Step]
     policy, unmasker = engine.policy, engine.unmasker
     engine.begin(state)
     trace: list[Step] = []
-    while state.active.any() and (limit is None or state.step.max() < limit):
+    while not state.finished and (limit is None or state.step.max() < limit):
         began, recorded = perf_counter(), engine.recording
         ask = state.expect(unmasker.ask(state))  # what may be committed, and how many
         plan = policy.plan(state)  # which rows are computed

@@ -32,20 +32,30 @@ def certainty_density(known: Bools, sigma: float) -> NDArray[np.float64]:
     kernel, side, total = _gaussian(len(known), float(sigma))
     reach = len(kernel) // 2
     here = known.astype(np.float64)
+    density: NDArray[np.float64]
     if reach == len(known) - 1:  # the part below, without the rest: half the work
-        inside = np.convolve(kernel, here, "valid")
+        density = np.convolve(kernel, here, "valid")
     else:
-        inside = np.convolve(here, kernel)[reach : reach + len(known)]
-    density: NDArray[np.float64] = (inside + side + (side[::-1] if known[-1] else 0)) / total
+        density = np.convolve(here, kernel)[reach : reach + len(known)]
+    density += side
+    if known[-1]:
+        density += side[::-1]
+    density /= total
     return density
 
 
 def densities(state: State, known: Bools, sigma: float) -> NDArray[np.float64]:
     """(batch, slots) float64: `certainty_density` of each generation region, 0 elsewhere; `known` (batch, slots)."""
     out = np.zeros(known.shape)
-    for b, (begin, end) in enumerate(zip(state.gen_start, state.lengths, strict=True)):
-        out[b, begin:end] = certainty_density(known[b, begin:end], sigma)
+    for b, (begin, end) in enumerate(zip(state.gen_start.tolist(), state.lengths.tolist(), strict=True)):
+        out[b, begin:end] = _kept_density(known[b, begin:end].tobytes(), sigma)
     return out
+
+
+@lru_cache(maxsize=512)
+def _kept_density(known: bytes, sigma: float) -> NDArray[np.float64]:
+    """`certainty_density` of bools as bytes: in a step of d²Cache the policy and the unmasker ask for the same one."""
+    return certainty_density(np.frombuffer(known, dtype=bool), sigma)
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dcache.arrays import Bools, Bytes, Floats, Ints, first
+from dcache.arrays import Bools, Bytes, Floats, Ints, first, places
 from dcache.errors import UnmaskerError, UsageError
 from dcache.models.transformer import ModelSpec
 from dcache.regions import NOWHERE, region_of
@@ -104,6 +104,8 @@ class State:
             ids given there stand in for rows that have none, and are never embedded.
 
     Attributes:
+        batch: number of sequences.
+        slots: width of the canvas.
         tokens: (batch, slots) int64.
         valid: (batch, slots) bool: the slot belongs to the sequence.
         prompt: (batch, slots) bool: the slot is prompt.
@@ -153,7 +155,9 @@ class State:
         if slots is not None and slots < longest:
             raise UsageError(f"slots is {slots}, but the longest sequence has {longest} positions; leave it out")
         slots = longest if slots is None else slots
+        self.batch, self.slots = batch, slots
         place = np.arange(slots)
+        self._row_starts = slots * np.arange(batch)  # in a flattened array
         self._left_to_right: Ints = np.broadcast_to(place, (batch, slots))
         self.spec = spec
         self.ids = np.asarray(ids, dtype=np.int64)
@@ -228,20 +232,16 @@ class State:
         return where
 
     @property
-    def batch(self) -> int:
-        """Number of sequences."""
-        return int(self.tokens.shape[0])
-
-    @property
-    def slots(self) -> int:
-        """Width of the canvas."""
-        return int(self.tokens.shape[1])
+    def finished(self) -> bool:
+        """Whether nothing is left to decode in any sequence."""
+        return not any(self.active.tolist())
 
     @property
     def active(self) -> Bools:
         """(batch,) bool: sequences that still have something to decode."""
         if self._active_in is not self.masked:  # asked for a dozen times per step
-            self._active_in, self._active = self.masked, np.asarray(self.masked.any(1))
+            # whether the leftmost masked row is one at all: right after a pass less than half the time of `any(1)`
+            self._active_in, self._active = self.masked, self.masked.take(self._leftmost())
         return self._active
 
     @property
@@ -279,8 +279,8 @@ class State:
                     f"Ask.{name} has shape {mask.shape} and dtype {mask.dtype}, "
                     f"expected (batch={self.batch}, slots={self.slots}) bool"
                 )
-        outside = ask.window & ~self.masked
-        if outside.any():
+        outside = ask.window > self.masked  # and not masked
+        if np.count_nonzero(outside):  # a third of the time of `any`; so throughout, between two passes
             b, p = (int(i[0]) for i in np.nonzero(outside))
             raise UnmaskerError(f"the window of sequence {b} holds position {p}, which is not masked")
         self.window = ask.window
@@ -293,12 +293,14 @@ class State:
 
     def apply(self, update: Update, seen: Seen) -> None:
         """Write what the step decided and move on: tokens, masked, changed, step and block."""
-        active, remasks = self.active, bool(update.remask.any())
+        active, remasks = self.active, bool(np.count_nonzero(update.remask))
         self._check_update(update, remasks)
         written, tokens = update.written(self.spec.eos_id)
+        at = places(written)
         self.changed = written
-        self.tokens = np.where(written, tokens, self.tokens)
-        self.masked = self.masked & ~(written | update.drop)
+        self.tokens = self.tokens.copy()
+        self.tokens.put(at, tokens.take(at))
+        self.masked = self.masked > (written | update.drop)  # and not, in one call
         self.known = self.known | written
         if remasks:
             self.changed = written | update.remask
@@ -323,9 +325,10 @@ class State:
 
     def _check_commits(self, update: Update) -> None:
         """Only the few committed rows are looked at: the next pass waits for this."""
-        at = np.flatnonzero(update.commit)
-        if not (inside := self.window.take(at)).all():
-            b, p = divmod(int(at[inside.argmin()]), self.slots)
+        at = places(update.commit)
+        inside: list[bool] = self.window.take(at).tolist()
+        if not all(inside):
+            b, p = divmod(int(at[inside.index(False)]), self.slots)
             raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} was committed outside the window")
         mask_id, n_ids = self.spec.mask_id, self.spec.vocab_size
         tokens: list[int] = update.tokens.take(at).tolist()
@@ -368,11 +371,17 @@ class State:
                 "the logits, the state and `Asked.sequence`, not on the number of the lane"
             )
 
+    def _leftmost(self) -> Ints:
+        """(batch,) int64: where the leftmost masked rows lie in a flattened canvas; the first row if there is none."""
+        at: Ints = self.masked.argmax(1) + self._row_starts  # row 0 is prompt, so not masked, and in no block
+        return at
+
     def _fixed_block(self) -> Bools:
         """Blocks of the leftmost masked rows, none for finished sequences; `block` itself while they are the same."""
-        leftmost = self.masked.argmax(1)  # 0 in a finished sequence, which is prompt and so in no block
-        if all(block[p] for block, p in zip(self.block, leftmost, strict=True)):
+        at = self._leftmost()
+        if np.count_nonzero(self.block.take(at)) == self.batch:
             return self.block
+        leftmost = at - self._row_starts
         size = self.gen_length if self.block_length is None else self.block_length
         start = np.where(self.active, leftmost - (leftmost - self.gen_start) % size, -1)
         moved = start != self._block_start

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from dcache.arrays import Bools, close_gaps, highest
+from dcache.arrays import Bools, close_gaps, heaviest, highest
 from dcache.density import densities
 from dcache.policy import CachePolicy, Plan, PolicyConfig, State
 
@@ -109,15 +109,15 @@ class D2Cache(CachePolicy):
         if state.seen is not None and self.config.refresh == "never":
             self._recall(state)
             selection = self._select(state, state.seen.reports)
-            if self.selection is not None and not self.ran.all():  # what the last pass did not run keeps its own
+            if self.selection and not all(self.ran.tolist()):  # what the last pass did not run keeps its own
                 both = zip(selection, self.selection, strict=True)
                 selection = Selection(*(np.where(self.ran[:, None], now, before) for now, before in both))
             self.selection = selection
-            rows = selection.rows | begins[:, None]
+            rows = selection.rows | begins[:, None] if any(begins.tolist()) else selection.rows
             rows = rows | self._top_up(state, selection) if self.config.couple_batch else rows
         self.masked, self.block, self.ran = state.masked, state.block, state.active
         reread = begins if self.config.confidence == "first" else state.active
-        watch = state.predicted_by(rows) & state.masked & reread[:, None] if reread.any() else None
+        watch = state.predicted_by(rows) & state.masked & reread[:, None] if any(reread.tolist()) else None
         return Plan(rows, watch=watch)
 
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,8 @@ class D2Cache(CachePolicy):
     def _recall(self, state: State) -> None:
         """Take over the confidences that the released code keeps, those of the first step, or all."""
         assert state.seen is not None
-        if (wanted := (state.step == 1) | (self.config.confidence == "latest")).any():
+        wanted = (state.step == 1) | (self.config.confidence == "latest")
+        if any(wanted.tolist()):
             fresh = self.masked & np.isfinite(state.seen.confidence) & wanted[:, None]
             self.confidence = np.where(fresh, state.seen.confidence, self.confidence)
 
@@ -165,11 +166,11 @@ class D2Cache(CachePolicy):
         if self.config.search != "all":
             block = self.block & self.masked if self.config.search == "released" else state.block
             top = score[self.ran].max() if self.config.couple_batch else score.max(1, keepdims=True)
-            score = score + block * top
+            score += block * top
             search = search & self._search(state, block)
         prior = highest(score, search, self.config.current_k)
         missed = ~(prior & state.window).any(1, keepdims=True)
-        if missed.any():  # nothing that may be committed would be predicted, and the run would stop here
+        if np.count_nonzero(missed):  # nothing that may be committed would be predicted, and the run would stop here
             prior = prior | highest(score, state.window & missed, self.config.current_k)
         return score, prior
 
@@ -186,9 +187,7 @@ class D2Cache(CachePolicy):
 
     def _nucleus(self, importance: NDArray[np.float64], free: Bools) -> Bools:
         """Stage 2 (section 3.3): the most attended of the `free` rows, a share `rollout_p` of their mass."""
-        mass = np.sort(np.where(free, importance, 0))[:, ::-1].cumsum(1)
-        within = (mass <= self.config.rollout_p * (mass[:, -1:] + 1e-9)).sum(1)
-        return highest(importance, free, within + 1 if self.config.nucleus == "above" else np.maximum(within, 1))
+        return heaviest(importance, free, self.config.rollout_p, beyond=self.config.nucleus == "above")
 
     def _top_up(self, state: State, selection: Selection) -> Bools:
         """Rows added so that all active sequences compute as many: generated ones first, then by importance."""

@@ -80,7 +80,8 @@ class FastDLLM(CachePolicy):
         span = state.block
         if self.config.mode == "prefix":
             span = np.logical_or.accumulate(span, axis=1)
-        rows = state.rows_for(span) if self.config.rows == "predicting" else span
-        since = state.block_step if self.config.interval is None else state.block_step % self.config.interval
-        full = (since == 0) | (state.block_step < self.config.full_passes)
-        return Plan(rows | state.needed | full[:, None] & state.valid)
+        rows = state.rows_for(span | state.window) if self.config.rows == "predicting" else span | state.needed
+        full = state.block_step < self.config.full_passes
+        if self.config.interval is not None:
+            full |= state.block_step % self.config.interval == 0
+        return Plan(rows | full[:, None] & state.valid if np.count_nonzero(full) else rows)

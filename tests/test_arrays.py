@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dcache.arrays import Bools, first, leftmost, positions
+from dcache.arrays import Bools, first, heaviest, highest, leftmost, places, positions
 from dcache.density import _gaussian, certainty_density
 
 masks = st.tuples(st.integers(1, 3), st.integers(1, 12)).flatmap(lambda shape: arrays(np.bool_, shape))
@@ -30,6 +30,23 @@ def test_positions_are_ascending_and_padded_with_the_fill(mask: Bools, spare: in
     found = positions(mask, mask.shape[1], lambda longest: longest + spare)
     expected = [[*row.nonzero()[0], *[mask.shape[1]] * (width - row.sum())] for row in mask]
     assert found.tolist() == expected
+
+
+@given(mask=masks)
+def test_places_are_those_of_the_flattened_mask(mask: Bools) -> None:
+    assert places(mask).tolist() == np.flatnonzero(mask).tolist()
+    assert places(mask.T).tolist() == np.flatnonzero(mask.T).tolist()
+
+
+@given(among=masks, share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), beyond=st.booleans(), data=st.data())
+def test_the_heaviest_are_counted_by_the_running_sum(
+    among: Bools, share: float, beyond: bool, data: st.DataObject
+) -> None:
+    weight = data.draw(arrays(np.float64, among.shape, elements=st.sampled_from([0.0, 0.25, 1.0, 3.0])))
+    mass = np.sort(np.where(among, weight, 0))[:, ::-1].cumsum(1)
+    within = (mass <= share * (mass[:, -1:] + 1e-9)).sum(1)
+    expected = highest(weight, among, within + 1 if beyond else np.maximum(within, 1))
+    assert (heaviest(weight, among, share, beyond) == expected).all()
 
 
 @pytest.mark.parametrize(("n", "sigma"), [(1, 10.0), (7, 0.5), (40, 10.0), (300, 3.0), (300, 10.0)])

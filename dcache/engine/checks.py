@@ -31,6 +31,7 @@ class Checks:
     def __init__(self, label: str, state: State, stores: frozenset[str], compact: bool = False):
         self.label, self.state, self.stores, self.compact = label, state, stores, compact
         self.written: Bools = np.zeros_like(state.valid)  # rows whose K and V some pass has written
+        self._allowed = ((state.batch,), state.valid.shape, (state.batch, state.spec.n_layers))  # shapes of flags
         self._flag_shapes: dict[tuple[object, ...], dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
         self._idle = np.zeros(state.batch, dtype=np.int64)
 
@@ -97,10 +98,9 @@ class Checks:
 
     def _flags(self, plan: Plan, second: bool) -> None:
         state = self.state
-        allowed = ((state.batch,), state.valid.shape, (state.batch, state.spec.n_layers))
         shapes = {}
         for name, flag in plan.flags.items():
-            if not isinstance(flag, np.ndarray) or flag.shape not in allowed:
+            if not isinstance(flag, np.ndarray) or flag.shape not in self._allowed:
                 found = flag.shape if isinstance(flag, np.ndarray) else type(flag).__name__
                 self.fail(
                     f"flags[{name!r}] is {found}, expected a numpy array (batch={state.batch},), "

@@ -8,7 +8,6 @@ once per key and replayed.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from time import perf_counter
@@ -159,16 +158,17 @@ class Landing:
     Attributes:
         at: (lanes, w) int64 places of the read positions in a flattened table.
         tables: (batch, slots + 1), the last column for the dump slot, by result.
+        shown: (batch, slots), the tables without that column.
     """
 
     at: Ints
     tables: dict[str, np.ndarray]
+    shown: dict[str, np.ndarray]
 
     def spread(self, name: str, out: Mapping[str, np.ndarray]) -> np.ndarray:
         """(batch, slots): a result (lanes, w), by position."""
-        table = self.tables[name]
-        table.put(self.at, out[name])
-        return table[:, :-1]
+        self.tables[name].put(self.at, out[name])
+        return self.shown[name]
 
 
 def within_memory(method: Callable[Concatenate[Engine, P], T]) -> Callable[Concatenate[Engine, P], T]:
@@ -176,8 +176,10 @@ def within_memory(method: Callable[Concatenate[Engine, P], T]) -> Callable[Conca
 
     @wraps(method)
     def checked(engine: Engine, /, *given: P.args, **more: P.kwargs) -> T:
-        with suppress(torch.OutOfMemoryError):
+        try:
             return method(engine, *given, **more)
+        except torch.OutOfMemoryError:
+            pass
         raise MemoryLimitError(does_not_fit(engine.sizes, engine.model.device, room_on(engine.model)))
 
     return checked
@@ -366,9 +368,11 @@ class Engine:
         """The second pass of a reviewed step: what the first found for other rows and layers stays."""
         return self._run(plan, ask, seen)
 
-    @torch.inference_mode()
     def _run(self, plan: Plan, ask: Ask, before: Seen | None) -> Seen:
         """One pass; `before` is what the first pass of a reviewed step saw."""
+        if not torch.is_inference_mode_enabled():  # entering it takes time, so a loop over passes does it once
+            with torch.inference_mode():
+                return self._run(plan, ask, before)
         second = before is not None
         self.checks.plan(plan, second)
         arrays = self.inputs.arrays(plan, ask)
@@ -417,11 +421,12 @@ class Engine:
         """Tables for the results of a pass; sequences that sit a second pass out keep what the first found."""
         lanes = arrays["lanes"]
         tables = {name: blank.copy() for name, blank in self._unseen.items()}
+        shown = {name: table[:, :-1] for name, table in tables.items()}
         if before is not None:
             for name, table in tables.items():
-                table[:, :-1] = before.taken if name == "commit" else getattr(before, name)
+                shown[name][...] = before.taken if name == "commit" else getattr(before, name)
                 table[lanes] = self._unseen[name][lanes]
-        return Landing(arrays["where"] + lanes[:, None] * (self.state.slots + 1), tables)
+        return Landing(arrays["where"] + lanes[:, None] * (self.state.slots + 1), tables, shown)
 
     def _prepare(self, plan: Plan, arrays: dict[str, np.ndarray]) -> Prepared:
         fields = [(name, tuple(value.shape), value.dtype) for name, value in arrays.items()]
@@ -583,10 +588,10 @@ class Engine:
     def _seen(self, prepared: Prepared, arrays: dict[str, np.ndarray], before: Seen | None, landing: Landing) -> Seen:
         assert prepared.outputs is not None
         out, state, where, lanes = prepared.outputs.host, self.state, arrays["where"], arrays["lanes"]
-        if out["bad"].any():
+        if np.count_nonzero(out["bad"]):
             self._blame(prepared, before is not None, int(out["bad"].argmax()), lanes)
-        if (out["commit"] & ~out["eligible"]).any():
-            b, i = (int(x[0]) for x in np.nonzero(out["commit"] & ~out["eligible"]))
+        if np.count_nonzero(astray := out["commit"] > out["eligible"]):
+            b, i = (int(x[0]) for x in np.nonzero(astray))
             raise UnmaskerError(
                 f"unmasker {self.unmasker.label or type(self.unmasker).__name__}, step {int(state.step.max())}: "
                 f"picked position {where[b, i]} of sequence {lanes[b]}, which was not predicted or is outside the "

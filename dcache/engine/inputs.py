@@ -70,7 +70,7 @@ class Inputs:
         """Kind, marks, first layer, whether all lanes are live, and all shapes: what a recording depends on."""
         shapes = tuple((name, value.shape, value.dtype) for name, value in arrays.items())
         device_mask = tuple(plan.visible.shape) if isinstance(plan.visible, Tensor) else None
-        live = bool(arrays["live"].all())
+        live = np.count_nonzero(arrays["live"]) == len(arrays["live"])
         return plan.kind, *sorted(plan.marks.items()), self.first_layer(plan), live, device_mask, shapes
 
     def lanes(self, part: Bools) -> Ints:
@@ -81,7 +81,7 @@ class Inputs:
         Args:
             part: (batch,) bool. If it is empty, all active sequences run without rows.
         """
-        if part.all():
+        if np.count_nonzero(part) == self.state.batch:
             return self._everyone
         n_texts = self.state.n_texts
         part = part if part.any() else self.state.active
@@ -127,7 +127,7 @@ class Inputs:
 
     def _positions(self, mask: Bools, least: int = 0) -> Ints:
         """Ascending positions (lanes, n), n padded to a bucket; a list may be empty unless `least` is 1."""
-        return positions(mask, self.state.slots, lambda longest: self._padded(max(longest, least)))
+        return positions(mask, self.state.slots, self._padded, least)
 
     def _padded(self, n: int) -> int:
         """The bucket of a list of `n` positions; an empty list stays empty."""

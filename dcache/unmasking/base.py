@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from dcache.arrays import Bools, Ints, first, leftmost
+from dcache.arrays import Bools, Ints, first, leftmost, places
 from dcache.models.transformer import ModelSpec
 from dcache.state import Seen, State
 from dcache.unmasking.sampling import MOST, Noise, Sampling, candidates
@@ -230,8 +230,7 @@ class Unmasker(ABC):
 
     def settle(self, state: State, seen: Seen) -> Update:
         """Host, after the pass: commit what was taken, then handle the end of the text."""
-        commit = seen.taken & state.active[:, None]
-        update = Update(seen.tokens, commit, self._drop(state, seen, commit), seen.remask)
+        update = Update(seen.tokens, seen.taken, self._drop(state, seen, seen.taken), seen.remask)
         return self._filled(state, update) if self.sampling.after_end == "fill" else update
 
     def _filled(self, state: State, update: Update) -> Update:
@@ -246,12 +245,12 @@ class Unmasker(ABC):
 
     def _drop(self, state: State, seen: Seen, commit: Bools) -> Bools:
         """Masked rows behind an end-of-text that this step committed."""
-        drop = np.zeros_like(commit)
+        drop = np.zeros(commit.shape, dtype=bool)
         if self.sampling.after_end in ("decode", "fill"):
             return drop
         if self._ended is None:
             self._ended = np.zeros(state.batch, dtype=bool)
-        if not set(state.spec.end_ids).intersection(seen.tokens[commit].tolist()):  # which is the rule
+        if set(state.spec.end_ids).isdisjoint(seen.tokens.take(places(commit)).tolist()):  # which is the rule
             return drop
         end = first(commit & np.isin(seen.tokens, state.spec.end_ids), -1)
         behind = (np.arange(state.slots) > end[:, None]) & (end >= 0)[:, None]

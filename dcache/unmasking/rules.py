@@ -51,7 +51,9 @@ class Scheduled(Unmasker):
         """The masked rows of the block or window, and this step's quota."""
         quota = self.quota.of(state)
         ask = ask_opening(state, self.config, quota=quota)
-        return ask if quota.all() else Ask(ask.window, block=ask.block, flags=ask.flags, commits=quota > 0)
+        if all(quota.tolist()):
+            return ask
+        return Ask(ask.window, block=ask.block, flags=ask.flags, commits=quota > 0)
 
     def pick(self, logits: Tensor, at: Asked) -> Picks:
         """Commit the `quota` rows of highest score."""
