@@ -22,7 +22,7 @@ def positions(mask: Bools, fill: int, width: Callable[[int], int] = int, least: 
     The longest list counts as `least` if it is shorter.
     """
     found = [row.nonzero()[0] for row in mask]
-    table = np.empty((len(found), width(max(least, *map(len, found)))), dtype=np.int64)
+    table = np.empty((len(found), width(max(least, max(map(len, found), default=0)))), dtype=np.int64)
     table.fill(fill)
     for b, index in enumerate(found):
         table[b, : len(index)] = index

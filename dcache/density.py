@@ -52,10 +52,12 @@ def densities(state: State, known: Bools, sigma: float) -> NDArray[np.float64]:
     return out
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def _kept_density(known: bytes, sigma: float) -> NDArray[np.float64]:
     """`certainty_density` of bools as bytes: in a step of d²Cache the policy and the unmasker ask for the same one."""
-    return certainty_density(np.frombuffer(known, dtype=bool), sigma)
+    density = certainty_density(np.frombuffer(known, dtype=bool), sigma)
+    density.setflags(write=False)  # callers copy from it
+    return density
 
 
 @lru_cache(maxsize=64)

@@ -51,10 +51,11 @@ TILES = {  # by kernel, for few, some and many rows
     "mean": (Tile(16, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 3)),
 }
 FEW, SOME = 16, 256
-# From `FEWEST` to `SOME` rows of all layers at once. There are enough programs without a fine division, and what counts
-# is how often an operand is read from the second-level cache: once per tile of the other operand, so those are large.
+# From `ALL_LAYERS_FROM` to `SOME` rows of all layers at once. There are enough programs without a fine division, and
+# what counts is how often an operand is read from the second-level cache: once per tile of the other operand, so those
+# are large.
 ALL_LAYERS = {"received": Tile(32, 128, 4, 3), "mean": Tile(64, 64, 4, 2)}
-FEWEST = 65
+ALL_LAYERS_FROM = 65
 
 
 def probs_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None = None) -> Tensor:
@@ -301,7 +302,7 @@ def _side(size: int) -> int:
 def _tile(kernel: str, rows: int, q: Tensor, layers: int = 1) -> dict[str, int]:
     """The launch arguments of a kernel that works on `rows` rows per key/value head, or per head, of some layers."""
     tile = TILES[kernel][0 if rows <= FEW else 1 if rows <= SOME else 2]
-    tile = ALL_LAYERS[kernel] if layers > 1 and FEWEST <= rows <= SOME else tile
+    tile = ALL_LAYERS[kernel] if layers > 1 and ALL_LAYERS_FROM <= rows <= SOME else tile
     if _side(q.shape[-1]) * q.element_size() > 256:  # wide rows: what is to stay in shared memory must fit
         tile = Tile(min(tile.rows, 32), 32, 8, 2)
     return {

@@ -11,7 +11,7 @@ layer above, attention of the computed rows to one another is enough: ``flow[l, 
 A key that was not computed has ``1 + sum_{l, i} passed[l, b, i] F``, with F its attention from row i in layer l: a sum
 that needs no order.
 
-The kernel is a launch per layer, of some microseconds: each program has some columns and all rows.
+The kernel is a small launch per layer: each program has some columns and all rows.
 """
 
 import torch

@@ -109,7 +109,7 @@ class D2Cache(CachePolicy):
         if state.seen is not None and self.config.refresh == "never":
             self._recall(state)
             selection = self._select(state, state.seen.reports)
-            if self.selection and not all(self.ran.tolist()):  # what the last pass did not run keeps its own
+            if self.selection is not None and not all(self.ran.tolist()):  # what has not run keeps its own
                 both = zip(selection, self.selection, strict=True)
                 selection = Selection(*(np.where(self.ran[:, None], now, before) for now, before in both))
             self.selection = selection

@@ -230,7 +230,7 @@ class Unmasker(ABC):
 
     def settle(self, state: State, seen: Seen) -> Update:
         """Host, after the pass: commit what was taken, then handle the end of the text."""
-        update = Update(seen.tokens, seen.taken, self._drop(state, seen, seen.taken), seen.remask)
+        update = Update(seen.tokens, seen.taken.copy(), self._drop(state, seen, seen.taken), seen.remask)
         return self._filled(state, update) if self.sampling.after_end == "fill" else update
 
     def _filled(self, state: State, update: Update) -> Update:

@@ -71,7 +71,8 @@ def test_a_second_pass_without_a_start_runs_through_all_layers():
 def test_the_work_is_every_product_of_every_layer_and_the_head(monkeypatch):
     model = dcache.load_model("tiny-llada", device="cpu").transformer
     seen = []
-    monkeypatch.setattr("dcache.bench.floor.product", lambda x, weight: seen.append((x.shape[0], *weight.shape)))
+    for product in ("product", "linear"):
+        monkeypatch.setattr(f"dcache.bench.floor.{product}", lambda x, weight: seen.append((x.shape[0], *weight.shape)))
     products(model, 3, 2)()
     spec = model.spec
     layer = [(3, 768, 256), (3, 256, 256), (3, 2 * spec.mlp_size, 256), (3, 256, spec.mlp_size)]

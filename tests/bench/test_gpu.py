@@ -41,7 +41,10 @@ def test_twice_the_work_takes_twice_as_long() -> None:
     def ratio() -> float:
         return clock.median_ms(lambda: (x @ x, x @ x), CUDA) / clock.median_ms(lambda: x @ x, CUDA)
 
-    assert any(1.5 < ratio() < 2.5 for _ in range(20))  # another process may use the GPU in between
+    def middle() -> float:
+        return sorted(ratio() for _ in range(5))[2]
+
+    assert any(1.5 < middle() < 2.5 for _ in range(4))  # another process may use the GPU in between
 
 
 def test_ceilings_are_those_of_a_gpu() -> None:

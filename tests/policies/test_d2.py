@@ -117,11 +117,25 @@ def test_importance_sums_to_the_length_and_reused_rows_keep_their_own(shift: int
                 assert (found[~step.rows[b, : len(found)]] >= 1 - 1e-6).all()
 
 
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """From here on all layers are rolled out at once, as with kernels; the rows for which that happened."""
+    rolled: list[Tensor] = []
+    rollout = across.Across.rollout
+
+    def noted(every: across.Across, queries: list[Tensor], rows: Tensor) -> Tensor:
+        rolled.append(rows)
+        return rollout(every, queries, rows)
+
+    monkeypatch.setattr(across, "use_triton", lambda rows: True)
+    monkeypatch.setattr(across.Across, "rollout", noted)
+    return rolled
+
+
 @both_shifts
 def test_with_kernels_few_rows_are_rolled_out_in_all_layers_at_once(
     shift: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(across, "use_triton", lambda rows: True)
+    rolled = at_once(monkeypatch)
     policy = Watched(current_k=5)
     trace = go(policy, shift=shift, buckets=(8, 64))
     for step, attention in zip(trace, policy.attention, strict=True):
@@ -129,6 +143,7 @@ def test_with_kernels_few_rows_are_rolled_out_in_all_layers_at_once(
             if step.active[b]:
                 expected = dense(attention, b, len(prompt) + 16)
                 np.testing.assert_allclose(step.reports["importance"][b, : len(expected)], expected, rtol=2e-6)
+    assert len(rolled) == len(trace)
 
 
 @pytest.mark.parametrize("policy", ["d2(current_k=4)", "sparse-dllm(inner=d2(current_k=4),keep=0.5)"])
@@ -138,12 +153,13 @@ def test_both_ways_to_roll_out_are_one_but_for_rounding(
 ) -> None:
     more: dict[str, Any] = {"buckets": buckets, "block_length": 4, "prompts": [*PROMPTS, [7]]}
     one_by_one = go(make_policy(policy), **more)  # type: ignore[arg-type]
-    monkeypatch.setattr(across, "use_triton", lambda rows: True)
+    rolled = at_once(monkeypatch)
     for found, expected in zip(go(make_policy(policy), **more), one_by_one, strict=True):  # type: ignore[arg-type]
         assert (found.rows == expected.rows).all()
         assert (found.tokens == expected.tokens).all()
         a, b = (step.reports["importance"][step.active] for step in (found, expected))
         np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert rolled
 
 
 # -- selection --------------------------------------------------------------------------------------------------------
