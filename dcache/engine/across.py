@@ -22,7 +22,7 @@ from dcache.kernels.select import find
 if TYPE_CHECKING:
     from dcache.engine.layer import Layer
 
-MOST = 256  # rows of a sequence up to which `Across.rollout` is faster than a product per layer
+MOST = 256  # rows of a sequence up to which there is a rollout, which holds layers x rows x rows numbers
 
 
 class Across:
@@ -65,19 +65,9 @@ class Across:
         lse = self._lse_of(of)
         return received(q, self._keys, weight, self._visible, self._lanes, lse, self.n_layers)
 
-    def head_mean(self, q: Tensor, of: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
-        """`Layer.head_mean` of all layers: `q` and `of` as for `probs`.
-
-        Args:
-            q: (layers * batch, heads, n, head_dim).
-            of: (batch, n).
-            columns: (batch, m), the keys whose columns are wanted, padded with the dump slot; None for all.
-
-        Returns:
-            (layers * batch, n, slots + 1) float32, or (layers * batch, n, m).
-        """
-        lse, wanted = self._lse_of(of), None if columns is None else self.each(columns)
-        return head_mean(q, self._keys, self._visible, self._lanes, lse, wanted, self.n_layers)
+    def head_mean(self, q: Tensor, of: Tensor | None = None) -> Tensor:
+        """`Layer.head_mean` of all layers: `q` and `of` as for `probs`."""
+        return head_mean(q, self._keys, self._visible, self._lanes, self._lse_of(of), layers=self.n_layers)
 
     def rolls(self, rows: Tensor) -> bool:
         """Whether `rollout` can be had for `rows` (batch, n): they are few, and all that attended in every layer.

@@ -14,7 +14,7 @@ SHAPES = {  # batch, heads, kv_heads, rows, slots, head_dim
     "one row": (1, 2, 2, 1, 150, 80),
     "some rows": (2, 2, 1, 33, 70, 16),
     "many rows": (1, 2, 1, 130, 40, 48),
-    "rows of all layers": (2, 1, 1, 66, 70, 16),
+    "rows of all layers": (2, 2, 2, 66, 70, 16),
 }
 TRUE_SHAPES = {
     "LLaDA-8B, tracked": (2, 32, 32, 16, 1_281, 128),
