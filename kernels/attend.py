@@ -143,10 +143,16 @@ def attend(
     """
     if not use_triton(q):
         return attend_ref(q, k, v, visible, lanes)
-    if q.shape[2] >= SDPA_ROWS and visible is None and lanes is None and q.dtype != torch.float32:
-        with sdpa_kernel(SDPA_BACKENDS, set_priority=True):
-            return attend_ref(q, k, v)
-    return attend_triton(q, k, v, visible, lanes, keys)
+    if finds_lse(q, visible, lanes):
+        return attend_triton(q, k, v, visible, lanes, keys)
+    with sdpa_kernel(SDPA_BACKENDS, set_priority=True):
+        return attend_ref(q, k, v)
+
+
+def finds_lse(q: Tensor, visible: Tensor | None, lanes: Tensor | None) -> bool:
+    """Whether `attend` runs its kernel for these, so that `attend_lse` gives the same and costs no more."""
+    library = q.shape[2] >= SDPA_ROWS and visible is None and lanes is None and q.dtype != torch.float32
+    return use_triton(q) and not library
 
 
 def attend_lse_ref(

@@ -16,11 +16,10 @@ The softmax is taken in float32 whatever the dtype of the model. The twins mater
 The kernels work on tiles of scores. A first one finds the log-sum-exp of every row, which the caller may know already;
 a second one computes the scores again and has the probabilities at once. Where a result is a sum over heads, groups of
 them make partial sums, which a last kernel adds in a fixed order. A hidden key spoils no score but its own, and that is
-replaced. How work is divided depends on the shape of one lane alone, so a lane's bits do not depend on its batch; where
-the lanes are those of several layers, it may depend on how many layers, which is a property of the model.
+replaced. What they share stands in `scores`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,34 +27,23 @@ from torch.nn.functional import pad
 
 from dcache.kernels.attend import hide
 from dcache.kernels.backend import tl, triton, use_triton
+from dcache.kernels.scores import (
+    LOG2E,
+    PROGRAMS,
+    SOME,
+    arguments_of,
+    joined,
+    packed_rows,
+    per_program,
+    row_lse,
+    row_of,
+    seen,
+    sequence_of,
+    tile_of,
+    vectors,
+)
 
 ROWS_AT_ONCE = 256
-PROGRAMS = 256  # what a lane's work is split into if it can be: about two programs per processor of a large GPU
-MOST_SPLITS = 32  # of the keys: each program of the second kernel joins the log-sum-exps of all splits
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-class Tile(NamedTuple):
-    """Most rows and keys of a tile of scores; the warps and pipeline stages of its programs."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-TILES = {  # by kernel, for few, some and many rows
-    "lse": (Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-    "probs": (Tile(16, 128, 4, 1), Tile(64, 64, 4, 1), Tile(64, 128, 8, 1)),
-    "received": (Tile(16, 64, 4, 1), Tile(32, 64, 4, 3), Tile(64, 128, 4, 2)),
-    "mean": (Tile(16, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 3)),
-}
-FEW, SOME = 16, 256
-# From `ALL_LAYERS_FROM` to `SOME` rows of all layers at once. There are enough programs without a fine division, and
-# what counts is how often an operand is read from the second-level cache: once per tile of the other operand, so those
-# are large.
-ALL_LAYERS = {"received": Tile(32, 128, 4, 3), "mean": Tile(64, 64, 4, 2)}
-ALL_LAYERS_FROM = 65
 
 
 def probs_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None = None) -> Tensor:
@@ -74,11 +62,12 @@ def probs_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None
 
 def probs_triton(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None, lse: Tensor | None) -> Tensor:
     """Launch the kernels of `probs`."""
-    common, (batch, heads, n, slots) = _common(q, k, visible, lanes)
-    lse, splits = _row_lse(q, k, common) if lse is None else (lse.contiguous(), 1)
+    common, (batch, heads, n, slots) = arguments_of(q, k, visible, lanes)
+    lse = row_lse(q, k, common) if lse is None else lse.contiguous()[:, None]
+    splits = lse.shape[1]
     out = torch.empty(batch, heads, n, slots + 1, dtype=torch.float32, device=q.device)
     packed = heads // k.shape[1] * n
-    tile = _tile("probs", packed, q)
+    tile = tile_of("probs", packed, q)
     grid = (triton.cdiv(slots, tile["BLOCK_N"]), k.shape[1] * triton.cdiv(packed, tile["BLOCK_M"]), batch)
     _probs_kernel[grid](**common, **tile, lse=lse, splits=splits, out=out, BLOCK_S=triton.next_power_of_2(splits))
     return out
@@ -124,12 +113,13 @@ def received_triton(
     layers: int = 1,
 ) -> Tensor:
     """Launch the kernels of `received`."""
-    common, (batch, heads, n, slots) = _common(q, k, visible, lanes)
-    lse, splits = _row_lse(q, k, common, weight) if lse is None else (lse.contiguous(), 1)
+    common, (batch, heads, n, slots) = arguments_of(q, k, visible, lanes)
+    lse = row_lse(q, k, common, weight, layers) if lse is None else lse.contiguous()[:, None]
+    splits = lse.shape[1]
     packed = heads // k.shape[1] * n
-    tile = _tile("received", packed, q, layers)
+    tile = tile_of("received", packed, q, layers)
     row_blocks, key_blocks = triton.cdiv(packed, tile["BLOCK_M"]), triton.cdiv(slots, tile["BLOCK_N"])
-    per = _share(row_blocks, key_blocks * k.shape[1])
+    per = per_program(row_blocks, key_blocks * k.shape[1])
     parts = triton.cdiv(row_blocks, per)
     partial = torch.empty(batch, k.shape[1] * parts, slots + 1, dtype=torch.float32, device=q.device)
     _received_kernel[(key_blocks, k.shape[1] * parts, batch)](
@@ -143,6 +133,7 @@ def received_triton(
         per=per,
         weight_strides=weight.stride(),
         BLOCK_S=triton.next_power_of_2(splits),
+        SKIPS=packed > SOME,
     )
     return _summed(partial)
 
@@ -193,9 +184,9 @@ def head_mean_triton(
     layers: int = 1,
 ) -> Tensor:
     """Launch the kernels of `head_mean`."""
-    common, _ = _common(q, k, visible, lanes)
-    lse, splits = _row_lse(q, k, common) if lse is None else (lse.contiguous(), 1)
-    return _mean(q, k, common, lse, splits, columns, layers)
+    common, _ = arguments_of(q, k, visible, lanes)
+    lse = row_lse(q, k, common, layers=layers) if lse is None else lse.contiguous()[:, None]
+    return _mean(q, k, common, lse, columns, layers)
 
 
 def head_mean(
@@ -239,8 +230,8 @@ def products_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | N
 
 def products_triton(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None) -> Tensor:
     """Launch the kernels of `products`, which add the heads of a group after the products: no sum is rounded."""
-    common, _ = _common(q, k, visible, lanes)
-    return _mean(q, k, common, None, 1)
+    common, _ = arguments_of(q, k, visible, lanes)
+    return _mean(q, k, common, None)
 
 
 def products(q: Tensor, k: Tensor, visible: Tensor | None = None, lanes: Tensor | None = None) -> Tensor:
@@ -261,97 +252,23 @@ def products(q: Tensor, k: Tensor, visible: Tensor | None = None, lanes: Tensor 
 # -- launching --------------------------------------------------------------------------------------------------------
 
 
-def _common(
-    q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | None
-) -> tuple[dict[str, Any], tuple[int, int, int, int]]:
-    """The arguments that all kernels of scores take, and (batch, heads, rows, slots)."""
-    batch, heads, n, head_dim = q.shape
-    if q.stride(-1) != 1 or k.stride(-1) != 1 or (visible is not None and visible.stride(-1) != 1):
-        raise ValueError("the last axis of queries, keys and visible must be contiguous")
-    arguments = {
-        "q": q,
-        "k": k,
-        "visible": visible,
-        "lanes": lanes,
-        "n": n,
-        "slots": k.shape[2],
-        "scale": head_dim**-0.5,
-        "q_strides": q.stride()[:3],
-        "k_strides": k.stride()[:3],
-        "visible_strides": _visible_strides(visible),
-        "HEADS": heads,
-        "GROUP": heads // k.shape[1],
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": _side(head_dim),
-    }
-    return arguments, (batch, heads, n, k.shape[2])
-
-
-def _visible_strides(visible: Tensor | None) -> tuple[int, int]:
-    """Steps from lane to lane and from key/value head to key/value head, 0 where all heads see the same."""
-    if visible is None:
-        return 0, 0
-    return visible.stride(0), visible.stride(1) if visible.shape[1] > 1 else 0
-
-
-def _side(size: int) -> int:
-    """The least side of a tile that holds `size`: a power of two that tensor cores take."""
-    return max(int(triton.next_power_of_2(size)), 16)
-
-
-def _tile(kernel: str, rows: int, q: Tensor, layers: int = 1) -> dict[str, int]:
-    """The launch arguments of a kernel that works on `rows` rows per key/value head, or per head, of some layers."""
-    tile = TILES[kernel][0 if rows <= FEW else 1 if rows <= SOME else 2]
-    tile = ALL_LAYERS[kernel] if layers > 1 and ALL_LAYERS_FROM <= rows <= SOME else tile
-    if _side(q.shape[-1]) * q.element_size() > 256:  # wide rows: what is to stay in shared memory must fit
-        tile = Tile(min(tile.rows, 32), 32, 8, 2)
-    return {
-        "BLOCK_M": min(tile.rows, _side(rows)),
-        "BLOCK_N": tile.keys,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
-
-
-def _share(blocks: int, others: int) -> int:
-    """How many of `blocks` one program works through, where `others` programs exist for each of them."""
-    return int(triton.cdiv(blocks, min(blocks, max(PROGRAMS // others, 1))))
-
-
-def _row_lse(q: Tensor, k: Tensor, common: dict[str, Any], weight: Tensor | None = None) -> tuple[Tensor, int]:
-    """Log-sum-exp of the scores of every row, (batch, splits, heads, rows), by split of the keys; and their number.
-
-    Blocks of rows whose `weight` (batch, rows) is 0 are passed over, and hold nothing of meaning.
-    """
-    batch, heads, n, _ = q.shape
-    packed = heads // k.shape[1] * n
-    tile = _tile("lse", packed, q)
-    row_blocks, key_blocks = k.shape[1] * triton.cdiv(packed, tile["BLOCK_M"]), triton.cdiv(k.shape[2], tile["BLOCK_N"])
-    per = max(_share(key_blocks, row_blocks), triton.cdiv(key_blocks, MOST_SPLITS))
-    splits = triton.cdiv(key_blocks, per)
-    lse = torch.empty(batch, splits, heads, n, dtype=torch.float32, device=q.device)
-    strides = (0, 0) if weight is None else weight.stride()
-    _lse_kernel[(splits, row_blocks, batch)](**common, **tile, lse=lse, per=per, weight=weight, weight_strides=strides)
-    return lse, splits
-
-
 def _mean(
     q: Tensor,
     k: Tensor,
     common: dict[str, Any],
     lse: Tensor | None,
-    splits: int,
     columns: Tensor | None = None,
     layers: int = 1,
 ) -> Tensor:
     """Mean over heads of the probabilities, or of the bare products without `lse`: (batch, rows, slots + 1 or m)."""
     batch, heads, n, _ = q.shape
     wanted, wide = (k.shape[2], k.shape[2] + 1) if columns is None else (columns.shape[1], columns.shape[1])
-    tile = _tile("mean", n, q, layers)
+    tile = tile_of("mean", n, q, layers)
     key_blocks = triton.cdiv(wanted, tile["BLOCK_N"])
     blocks = key_blocks * triton.cdiv(n, tile["BLOCK_M"])
-    per = _share(heads, blocks * layers)
+    per = per_program(heads, blocks * layers)
     parts = triton.cdiv(heads, per)
+    splits = 1 if lse is None else lse.shape[1]
     partial = torch.empty(batch, parts, n, wide, dtype=torch.float32, device=q.device)
     _mean_kernel[(blocks, parts, batch)](
         **common,
@@ -385,118 +302,12 @@ def _summed(partial: Tensor) -> Tensor:
 
 
 @triton.jit
-def _sequence(lanes, i_b):
-    """The sequence whose keys lane i_b reads."""
-    if lanes is not None:
-        i_b = tl.load(lanes + i_b).to(tl.int64)
-    return i_b
-
-
-@triton.jit
-def _seen(visible, offset, o_n, slots):
-    """Which keys of a tile exist and are visible."""
-    m_n = o_n < slots
-    if visible is not None:
-        m_n = m_n & tl.load(visible + offset + o_n, mask=m_n, other=0)
-    return m_n
-
-
-@triton.jit
-def _packed(q, q_strides, i_b, i_h, o_m, n):
-    """Pointers to rows o_m of the heads from i_h on: head after head, n rows each."""
-    return q + i_b * q_strides[0] + (i_h + o_m // n) * q_strides[1] + (o_m % n) * q_strides[2]
-
-
-@triton.jit
-def _vectors(p_rows, m_rows, o_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Vectors (rows, head_dim) from pointers (rows, 1), or their transpose from pointers (1, rows)."""
-    m = m_rows
-    if HEAD_DIM != BLOCK_D:
-        m = m_rows & (o_d < HEAD_DIM)
-    return tl.load(p_rows + o_d, mask=m, other=0.0)
-
-
-@triton.jit
-def _joined(lse, o_r, m_r, rows, splits, BLOCK_S: tl.constexpr):
-    """Log-sum-exp in base 2 of rows at offsets o_r, from those of the splits, `rows` apart; 0 beyond the last row."""
-    if BLOCK_S == 1:
-        b_lse = tl.load(lse + o_r, mask=m_r, other=0.0) * LOG2E
-    else:
-        o_s = tl.arange(0, BLOCK_S)
-        b_each = (
-            tl.load(lse + o_s[:, None] * rows + o_r[None, :], mask=m_r[None, :] & (o_s < splits)[:, None], other=0.0)
-            * LOG2E
-        )
-        b_each = tl.where((o_s < splits)[:, None], b_each, -float("inf"))
-        b_max = tl.max(b_each, 0)
-        b_lse = b_max + tl.log2(tl.sum(tl.exp2(b_each - b_max[None, :]), 0))
-    return b_lse
-
-
-@triton.jit
 def _store_rows(p_out, b_tile, o_m, m_m, i_n, o_n, slots):
     """Write a tile of (rows, slots + 1); with the first keys the column of the dump slot."""
     p_rows = p_out + o_m * (slots + 1)
     tl.store(p_rows[:, None] + o_n[None, :], b_tile, mask=m_m[:, None] & (o_n < slots)[None, :])
     if i_n == 0:
         tl.store(p_rows + slots, tl.zeros_like(o_m).to(tl.float32), mask=m_m)
-
-
-@triton.jit
-def _lse_kernel(
-    q,
-    k,
-    visible,
-    lanes,
-    lse,
-    weight,
-    n,
-    slots,
-    per,
-    scale,
-    q_strides,
-    k_strides,
-    visible_strides,
-    weight_strides,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """lse[b, split, h, i] = log sum_j exp(scale * q[b, h, i] . k[j]) over the visible keys j of a split.
-
-    A program takes packed rows: those of all heads that read one key/value head.
-    """
-    i_split, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    row_blocks = tl.cdiv(GROUP * n, BLOCK_M)
-    i_g, i_m = tl.program_id(1) // row_blocks, tl.program_id(1) % row_blocks
-    o_m, o_d = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    m_m = o_m < GROUP * n
-    p_q = _packed(q, q_strides, i_b, i_g * GROUP, o_m, n)
-    b_q = _vectors(p_q[:, None], m_m[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
-    p_k = k + _sequence(lanes, i_b) * k_strides[0] + i_g * k_strides[1]
-
-    i_stop = tl.minimum((i_split + 1) * per, tl.cdiv(slots, BLOCK_N))
-    if weight is not None:
-        b_weight = tl.load(weight + i_b * weight_strides[0] + (o_m % n) * weight_strides[1], mask=m_m, other=0)
-        i_stop = tl.where(tl.max((b_weight != 0).to(tl.int32), 0) > 0, i_stop, i_split * per)
-
-    b_max = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite: no inf - inf where all keys are hidden
-    b_sum = tl.zeros((BLOCK_M,), tl.float32)
-    for i_n in range(i_split * per, i_stop):
-        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_k = _vectors(p_k + (o_n * k_strides[2])[None, :], (o_n < slots)[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
-        m_n = _seen(visible, i_b * visible_strides[0] + i_g * visible_strides[1], o_n, slots)
-        b_score = tl.dot(b_q, b_k, input_precision="ieee") * (scale * LOG2E)
-        b_score = tl.where(m_n[None, :], b_score, -float("inf"))
-        b_new = tl.maximum(b_max, tl.max(b_score, 1))
-        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_score - b_new[:, None]), 1)
-        b_max = b_new
-    b_lse = (b_max + tl.log2(tl.maximum(b_sum, 1.0))) / LOG2E  # a sum is at least 1 where a key is visible
-    p_lse = lse + (i_b * tl.num_programs(0) + i_split) * HEADS * n + i_g * GROUP * n + o_m
-    tl.store(p_lse, b_lse, mask=m_m)
 
 
 @triton.jit
@@ -529,15 +340,22 @@ def _probs_kernel(
     o_m, o_d = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m = o_m < GROUP * n
-    p_q = _packed(q, q_strides, i_b, i_g * GROUP, o_m, n)
-    b_q = _vectors(p_q[:, None], m_m[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
-    p_k = k + _sequence(lanes, i_b) * k_strides[0] + i_g * k_strides[1] + o_n * k_strides[2]
-    b_k = _vectors(p_k[None, :], (o_n < slots)[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
-    m_n = _seen(visible, i_b * visible_strides[0] + i_g * visible_strides[1], o_n, slots)
-    b_lse = _joined(lse + i_b * splits * HEADS * n, i_g * GROUP * n + o_m, m_m, HEADS * n, splits, BLOCK_S)
+    p_q = packed_rows(q, q_strides, i_b, i_g * GROUP, o_m, n, GROUP)
+    b_q = vectors(p_q[:, None], m_m[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
+    p_k = k + sequence_of(lanes, i_b) * k_strides[0] + i_g * k_strides[1] + o_n * k_strides[2]
+    b_k = vectors(p_k[None, :], (o_n < slots)[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
+    m_n = seen(visible, i_b * visible_strides[0] + i_g * visible_strides[1], o_n, slots)
+    b_lse = joined(lse + i_b * splits * HEADS * n, i_g * GROUP * n + o_m, m_m, HEADS * n, splits, BLOCK_S)
     b_score = tl.dot(b_q, b_k, input_precision="ieee") * (scale * LOG2E)
     b_p = tl.where(m_n[None, :], tl.exp2(b_score - b_lse[:, None]), 0.0)
     _store_rows(out + (i_b * HEADS + i_g * GROUP) * n * (slots + 1), b_p, o_m, m_m, i_n, o_n, slots)
+
+
+@triton.jit
+def _weighted(b_k, b_q, b_lse, b_weight, scale):
+    """weight[i] p[i, j] of a tile of keys by rows."""
+    b_score = tl.dot(b_k, b_q, input_precision="ieee") * (scale * LOG2E)
+    return tl.exp2(b_score - b_lse[None, :]) * b_weight[None, :]
 
 
 @triton.jit
@@ -566,6 +384,7 @@ def _received_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    SKIPS: tl.constexpr,
 ):
     """out[b, part, j] = sum over the packed rows of a part of weight[b, i] p[b, h, i, j], with keys by rows as tile.
 
@@ -574,26 +393,29 @@ def _received_kernel(
     i_n, i_part, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_g, i_first = i_part // parts, (i_part % parts) * per
     o_n, o_d = i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    p_k = k + _sequence(lanes, i_b) * k_strides[0] + i_g * k_strides[1] + o_n * k_strides[2]
-    b_k = _vectors(p_k[:, None], (o_n < slots)[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
-    m_n = _seen(visible, i_b * visible_strides[0] + i_g * visible_strides[1], o_n, slots)
+    p_k = k + sequence_of(lanes, i_b) * k_strides[0] + i_g * k_strides[1] + o_n * k_strides[2]
+    b_k = vectors(p_k[:, None], (o_n < slots)[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
+    m_n = seen(visible, i_b * visible_strides[0] + i_g * visible_strides[1], o_n, slots)
     lse += i_b * splits * HEADS * n
 
-    b_sum = tl.zeros((BLOCK_N,), tl.float32)
+    b_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for i_m in range(i_first, tl.minimum(i_first + per, tl.cdiv(GROUP * n, BLOCK_M))):
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        m_m = o_m < GROUP * n
-        p_weight = weight + i_b * weight_strides[0] + (o_m % n) * weight_strides[1]
-        b_weight = tl.load(p_weight, mask=m_m, other=0).to(tl.float32)
-        if tl.max((b_weight != 0).to(tl.int32), 0) > 0:  # a policy may weight few of many rows
-            p_q = _packed(q, q_strides, i_b, i_g * GROUP, o_m, n)
-            b_q = _vectors(p_q[None, :], m_m[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
-            b_lse = _joined(lse, i_g * GROUP * n + o_m, m_m, HEADS * n, splits, BLOCK_S)
-            b_score = tl.dot(b_k, b_q, input_precision="ieee") * (scale * LOG2E)
-            b_p = tl.exp2(b_score - b_lse[None, :]) * b_weight[None, :]
-            b_sum += tl.sum(tl.where((b_weight != 0)[None, :], b_p, 0.0), 1)
+        p_weight = weight + i_b * weight_strides[0] + row_of(o_m, n, GROUP) * weight_strides[1]
+        b_weight = tl.load(p_weight, mask=o_m < GROUP * n, other=0).to(tl.float32)
+        m_m = b_weight != 0  # the others may hold anything
+        p_q, o_r = packed_rows(q, q_strides, i_b, i_g * GROUP, o_m, n, GROUP)[None, :], i_g * GROUP * n + o_m
+        if SKIPS:  # a policy may weight few of many rows
+            if tl.max(m_m.to(tl.int32), 0) > 0:
+                b_q = vectors(p_q, m_m[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
+                b_lse = joined(lse, o_r, m_m, HEADS * n, splits, BLOCK_S)
+                b_sum += _weighted(b_k, b_q, b_lse, b_weight, scale)
+        else:
+            b_q = vectors(p_q, m_m[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
+            b_lse = joined(lse, o_r, m_m, HEADS * n, splits, BLOCK_S)
+            b_sum += _weighted(b_k, b_q, b_lse, b_weight, scale)
     p_out = out + (i_b * tl.num_programs(1) + i_part) * (slots + 1)
-    tl.store(p_out + o_n, tl.where(m_n, b_sum, 0.0), mask=o_n < slots)
+    tl.store(p_out + o_n, tl.where(m_n, tl.sum(b_sum, 1), 0.0), mask=o_n < slots)
     if i_n == 0:
         tl.store(p_out + slots, 0.0)
 
@@ -641,20 +463,20 @@ def _mean_kernel(
         p_columns = columns + i_b * columns_strides[0] + o_c * columns_strides[1]
         o_n = tl.load(p_columns, mask=o_c < wide, other=slots)
     p_q = q + i_b * q_strides[0] + o_m * q_strides[2]
-    p_k = k + _sequence(lanes, i_b) * k_strides[0] + o_n * k_strides[2]
+    p_k = k + sequence_of(lanes, i_b) * k_strides[0] + o_n * k_strides[2]
 
     b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i_h in range(i_part * per, tl.minimum((i_part + 1) * per, HEADS)):
-        b_q = _vectors((p_q + i_h * q_strides[1])[:, None], m_m[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
+        b_q = vectors((p_q + i_h * q_strides[1])[:, None], m_m[:, None], o_d[None, :], HEAD_DIM, BLOCK_D)
         p_kh = (p_k + i_h // GROUP * k_strides[1])[None, :]
-        b_k = _vectors(p_kh, (o_n < slots)[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
-        m_n = _seen(visible, i_b * visible_strides[0] + i_h // GROUP * visible_strides[1], o_n, slots)
+        b_k = vectors(p_kh, (o_n < slots)[None, :], o_d[:, None], HEAD_DIM, BLOCK_D)
+        m_n = seen(visible, i_b * visible_strides[0] + i_h // GROUP * visible_strides[1], o_n, slots)
         if b_q.dtype == b_k.dtype:
             b_score = tl.dot(b_q, b_k, input_precision="ieee")
         else:  # float32 by half precision: three products lose two bits of the query
             b_score = tl.dot(b_q, b_k.to(tl.float32), input_precision="tf32x3")
         if lse is not None:
-            b_lse = _joined(lse + i_b * splits * HEADS * n, i_h * n + o_m, m_m, HEADS * n, splits, BLOCK_S)
+            b_lse = joined(lse + i_b * splits * HEADS * n, i_h * n + o_m, m_m, HEADS * n, splits, BLOCK_S)
             b_score = tl.exp2(b_score * (scale * LOG2E) - b_lse[:, None])
         b_sum += tl.where(m_n[None, :], b_score, 0.0)
     p_out = out + (i_b * tl.num_programs(1) + i_part) * n * wide

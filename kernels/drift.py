@@ -47,7 +47,6 @@ def drift_triton(past: Tensor, now: Tensor, real: Tensor, visible: Tensor | None
     """Launch the kernels of `drift`."""
     past, now, real = past.contiguous(), now.contiguous(), real.contiguous()
     batch, heads, n, keys = past.shape[0], past.shape[1], past.shape[2], past.shape[3] - 1
-    out = torch.empty(batch, dtype=torch.float32, device=past.device)
     visible_step = 0 if visible is None else visible.stride(0)
     if over == "heads":
         parts = triton.cdiv(keys, KEYS)
@@ -62,8 +61,23 @@ def drift_triton(past: Tensor, now: Tensor, real: Tensor, visible: Tensor | None
         parts = heads
         part = torch.empty(batch, n, parts, 3, dtype=torch.float32, device=past.device)
         _rows_kernel[(heads, n, batch)](past, now, real, part, heads, n, keys, BLOCK=KEYS_AT_ONCE, num_warps=4)
+    return mean_cosine(part, real, visible, keys, over)
+
+
+def mean_cosine(part: Tensor, real: Tensor, visible: Tensor | None, keys: int, over: str) -> Tensor:
+    """Launch the kernel that adds up parts.
+
+    Args:
+        part: (batch, rows, parts, 1) sums of cosines over some keys, or (batch, rows, heads, 3) ``a.b, a.a, b.b``.
+        real: (batch, rows) bool, contiguous.
+        visible: as for `drift`.
+        keys: how many there are.
+        over: as for `drift`.
+    """
+    batch, n, parts, _ = part.shape
+    out = torch.empty(batch, dtype=torch.float32, device=part.device)
     _mean_kernel[(batch,)](
-        *(part, real, visible, out, n, keys, parts, visible_step),
+        *(part, real, visible, out, n, keys, parts, 0 if visible is None else visible.stride(0)),
         OVER=over,
         BLOCK_R=ROWS_AT_ONCE,
         BLOCK_P=triton.next_power_of_2(parts),
@@ -109,7 +123,7 @@ def _heads_kernel(
         o_row = (i_b * heads * n + i_n) * (keys + 1)
         b_past, b_now = tl.load(past + o_row + o, mask=m, other=0.0), tl.load(now + o_row + o, mask=m, other=0.0)
         b_both, b_old, b_new = tl.sum(b_past * b_now, 0), tl.sum(b_past * b_past, 0), tl.sum(b_now * b_now, 0)
-        tl.store(part + (i_b * n + i_n) * tl.num_programs(0) + i_block, tl.sum(_cosine(b_both, b_old, b_new), 0))
+        tl.store(part + (i_b * n + i_n) * tl.num_programs(0) + i_block, tl.sum(cosine_of(b_both, b_old, b_new), 0))
 
 
 @triton.jit
@@ -168,9 +182,9 @@ def _mean_kernel(
             b_old = tl.load(part + o * 3 + 1, mask=m, other=0.0)
             b_new = tl.load(part + o * 3 + 2, mask=m, other=0.0)
             if OVER == "rows":
-                b_sum += tl.sum(_cosine(b_both, b_old, b_new), 1)
+                b_sum += tl.sum(cosine_of(b_both, b_old, b_new), 1)
             else:
-                b_sum += _cosine(tl.sum(b_both, 1), tl.sum(b_old, 1), tl.sum(b_new, 1))
+                b_sum += cosine_of(tl.sum(b_both, 1), tl.sum(b_old, 1), tl.sum(b_new, 1))
         b_rows += m_r.to(tl.float32)
     b_count = tl.sum(b_rows, 0)
     if OVER == "rows":
@@ -195,6 +209,6 @@ def _visible_keys(visible, offset, keys, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _cosine(b_both, b_old, b_new):
+def cosine_of(b_both, b_old, b_new):
     """Cosine from products, with the norms clamped from below; 0 of zeros."""
     return b_both / (tl.maximum(tl.sqrt(b_old), SMALLEST) * tl.maximum(tl.sqrt(b_new), SMALLEST))

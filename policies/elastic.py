@@ -9,7 +9,7 @@ in deep layers, and the most-attended token drifts least: when even *its* attent
 ``W``                    set "window": rows that predict the leftmost masked positions
 ``D``                    ``state.changed``: committed by the previous step
 ``T``                    set "tracked": union over layers of the most-attended positions
-``S^{t-1}, S^t``         ``past``, ``now``: attention of T before and after this step's write
+``S^{t-1}, S^t``         attention of T before and after this step's write: `remember`, and `drift` from it
 ``sigma < gamma``        report "similarity", compared in `review`
 ``l*``                   ``start``: refresh from the layer above the first that drifted
 =======================  ======================================================================
@@ -37,6 +37,7 @@ from dcache.policy import CachePolicy, Plan, PolicyConfig, Seen, State
 
 if TYPE_CHECKING:
     from dcache.engine.layer import Layer
+    from dcache.kernels.attention_drift import Past
     from dcache.unmasking.base import Unmasker
 
 
@@ -73,7 +74,7 @@ class ElasticCache(CachePolicy):
     pairs_with = "threshold(threshold=0.9,window=16)"
     exact = "refresh=always"
     config: Config
-    _past: Tensor  # of a pass: attention of the tracked rows before it, (layers * batch, heads, tracked, slots + 1)
+    _past: Past  # of a pass: attention of the tracked rows before it, in all layers
 
     def refuses(self, spec: ModelSpec, unmasker: Unmasker) -> str | None:
         """A window of the leftmost masks may hold none of the rows of an order drawn beforehand."""
@@ -101,7 +102,7 @@ class ElasticCache(CachePolicy):
         """An ordinary layer; around all of them the drift test of the tracked rows (section 3.3), and the picks."""
         if at.index == 0 and self._tests(at):  # old queries on old keys: before any write
             with at.aside():
-                self._past = at.across.probs(at.across.stored("Q", at.sets["tracked"]))
+                self._past = at.across.remember(at.across.stored("Q", at.sets["tracked"]), rows)
         rows, h = at.compute(rows, h)
         if at.last:
             with at.aside():
@@ -118,9 +119,9 @@ class ElasticCache(CachePolicy):
     def _compare(self, at: Layer) -> None:
         """Attention of the tracked rows after the write, compared with that before it."""
         every, tracked = at.across, at.sets["tracked"]
-        now = every.probs(every.stored("Q", tracked), of=tracked)
-        every.report("similarity", every.similarity(self._past, now, tracked, AXIS[self.config.variant]))
-        del self._past  # 2.6 MB per layer and sequence of LLaDA-8B
+        now = every.stored("Q", tracked)
+        every.report("similarity", every.drift(self._past, now, tracked, AXIS[self.config.variant]))
+        del self._past  # keys of all layers
 
     def _pick(self, at: Layer) -> None:
         """Of each layer, the positions that the window attends to most; the dump slot where too few may be tracked."""

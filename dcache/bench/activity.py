@@ -31,10 +31,12 @@ UPLOAD = "HtoD"  # in the name of a copy from the host
 OTHER = "rest"
 OURS = {  # by file of `dcache.kernels`
     "attend": "attention",
+    "attention_drift": "statistics",
     "attention_probs": "statistics",
     "cosine": "statistics",
     "drift": "statistics",
     "rollout": "statistics",
+    "scores": "statistics",
     "select": "statistics",
     "confidence": "unmasking",
     "product": "products",

@@ -149,11 +149,12 @@ def probs(d: Draw) -> Call:
 
 
 def received(d: Draw) -> Call:
-    """Column sums; with `lse` the keys are read once."""
+    """Column sums; with `lse` the keys are read once. In the variant "layers" the batch is made of 32."""
     q, k, weight = d.queries(), d.keys(), d.uniform(d.batch, d.n)
-    known = "lse" in d.size.variant
+    known = d.size.variant != ""
     passes = 1 if known else 2
-    options = {"lse": _op("attend", "attend_lse")(q, k, k)[1]} if known else {}
+    options: dict[str, Any] = {"lse": _op("attend", "attend_lse")(q, k, k)[1]} if known else {}
+    options |= {"layers": LAYERS} if "layers" in d.size.variant else {}
     n_bytes = d.query_bytes + d.key_bytes + 4 * d.batch * (d.slots + 1)
     return Call((q, k, weight), n_bytes, passes * d.score_flops, options)
 
@@ -172,9 +173,9 @@ def products(d: Draw) -> Call:
 
 def rollout(d: Draw) -> Call:
     """Attention of some rows to one another in all layers, 32 of them."""
-    flow = d.uniform(32, d.batch, d.n, d.n) / d.n
+    flow = d.uniform(LAYERS, d.batch, d.n, d.n) / d.n
     real = torch.ones(d.batch, d.n, dtype=torch.bool, device=d.device)
-    return Call((flow, real), flow.nbytes + 33 * 4 * d.batch * d.n, 2 * flow.numel())
+    return Call((flow, real), flow.nbytes + (LAYERS + 1) * 4 * d.batch * d.n, 2 * flow.numel())
 
 
 def drift(d: Draw) -> Call:
@@ -184,6 +185,21 @@ def drift(d: Draw) -> Call:
     past[..., -1] = now[..., -1] = 0
     real = torch.ones(d.batch, d.n, dtype=torch.bool, device=d.device)
     return Call((past, now, real, None, d.size.variant), 2 * past.nbytes, 6 * past.numel())
+
+
+def attention_drift(d: Draw) -> Call:
+    """Old and new attention of some rows where 64 keys were written; the batch is made of 32 layers, if it can be."""
+    layers = LAYERS if d.batch % LAYERS == 0 else 1
+    q, k, past_q = d.queries(), d.keys(), d.queries()
+    written = torch.arange(min(64, d.slots), device=d.device).repeat(d.batch // layers, 1)
+    kept = d.normal(d.batch, d.spec.n_kv_heads, written.shape[1], d.spec.head_dim)
+    before = k.clone()
+    before[:, :, : written.shape[1]] = kept
+    past = _op("attention_drift", "remember")(past_q, before, written, kept, layers=layers)
+    real = torch.ones(d.batch, d.n, dtype=torch.bool, device=d.device)
+    options = {"over": d.size.variant, "lse": _op("attend", "attend_lse")(q, k, k)[1], "layers": layers}
+    n_bytes = 2 * d.query_bytes + d.key_bytes + kept.nbytes
+    return Call((past, q, k, real), n_bytes, 2 * d.score_flops, options)
 
 
 def cosine(d: Draw) -> Call:
@@ -366,6 +382,7 @@ def listed(keys: Any) -> tuple[Tensor, Tensor]:
 
 
 MODELS = ("llada-8b:random", "dream-7b:random")
+LAYERS = 32  # of ops that take all layers at once
 FEW, BLOCK, MANY, ALL = Size(16), Size(64), Size(256), Size(1280)
 EIGHT = Size(64, batch=8)
 LONG, LONGEST = Size(64, slots=4096), Size(64, slots=16384)
@@ -376,11 +393,22 @@ OPS: dict[str, Op] = {
     "attend_lse": Op("attend", attend, (BLOCK,), (ALL,)),
     "visible_keys": Op("attend", visible_keys, (), (Size(1), Size(32)), listed),
     "probs": Op("attention_probs", probs, (FEW,), (Size(16, slots=4096), Size(16, batch=8))),
-    "received": Op("attention_probs", received, (Size(32, variant="lse"),), (Size(32), ALL, Size(1280, variant="lse"))),
+    "received": Op(
+        "attention_probs",
+        received,
+        (Size(32, variant="lse"),),
+        (Size(32), ALL, Size(1280, variant="lse"), *(Size(n, batch=LAYERS, variant="layers") for n in (32, 160))),
+    ),
     "head_mean": Op("attention_probs", head_mean, (BLOCK,), (Size(128), EIGHT)),
     "products": Op("attention_probs", products, (Size(32),)),
     "rollout": Op("rollout", rollout, (), (BLOCK, Size(160), MANY)),
     "drift": Op("drift", drift, (Size(16, variant="heads"),), (Size(16, variant="rows"), Size(16, variant="flat"))),
+    "attention_drift": Op(
+        "attention_drift",
+        attention_drift,
+        (),
+        tuple(Size(32, batch=LAYERS, variant=over) for over in ("heads", "rows", "flat")),
+    ),
     "cosine": Op("cosine", cosine, (MANY,)),
     "product": Op("product", product, (FEW, Size(32), Size(32, variant="out"), Size(32, variant="head")), (BLOCK,)),
     "gated_product": Op("product", gated_product, (FEW, Size(32))),

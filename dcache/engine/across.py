@@ -6,12 +6,13 @@ a model has some thirty layers; where a statistic is only reported, this is what
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dcache.kernels.attention_drift import Past, attention_drift, remember
 from dcache.kernels.attention_probs import head_mean, probs, received
 from dcache.kernels.backend import use_triton
 from dcache.kernels.drift import drift
@@ -20,7 +21,7 @@ from dcache.kernels.rows import take
 from dcache.kernels.select import find
 
 if TYPE_CHECKING:
-    from dcache.engine.layer import Layer
+    from dcache.engine.layer import Boards, Layer
 
 MOST = 256  # rows of a sequence up to which there is a rollout, which holds layers x rows x rows numbers
 
@@ -31,14 +32,14 @@ class Across:
     Args:
         at: the layer that asks.
         tensors: name to a store of all layers: (layers, sequences, ...).
-        found: layer to rows and log-sum-exps of its attention in this pass: `Boards.found`.
+        boards: what attention found in this pass, and which keys were written.
 
     Attributes:
         n_layers: layers of the model.
     """
 
-    def __init__(self, at: Layer, tensors: dict[str, Tensor], found: Mapping[int, tuple[Tensor, Tensor]]):
-        self._at, self._tensors, self._found, self.n_layers = at, tensors, found, at.spec.n_layers
+    def __init__(self, at: Layer, tensors: dict[str, Tensor], boards: Boards):
+        self._at, self._tensors, self._boards, self.n_layers = at, tensors, boards, at.spec.n_layers
 
     def each(self, x: Tensor) -> Tensor:
         """The same (batch, ...) for every layer: (layers * batch, ...)."""
@@ -98,6 +99,35 @@ class Across:
         """`Layer.similarity` of two results of `probs` for `rows` (batch, n): (layers * batch,)."""
         return drift(past, now, self.each(rows < self._at.dump), self._visible, over)
 
+    def remember(self, q: Tensor, rows: Tensor) -> Past:
+        """The attention of some rows as it is, for `drift`; in layer 0, before anything is written.
+
+        Neither map is ever in memory, which makes this the cheap way to what `probs` and `similarity` would find.
+
+        Args:
+            q: (layers * batch, heads, n, head_dim), their queries of now.
+            rows: (batch, m), the argument of `layer`: the only rows whose keys any layer is going to write.
+        """
+        return remember(q, self._keys, rows, self.stored("K", rows), self._visible, self._lanes, self.n_layers)
+
+    def drift(self, past: Past, q: Tensor, of: Tensor, over: str) -> Tensor:
+        """Similarity of the attention of rows as it was and as it is: (layers * batch,), as `similarity` has it.
+
+        Args:
+            past: what `remember` returned in layer 0.
+            q: (layers * batch, heads, n, head_dim), the queries of the same rows now.
+            of: (batch, n), these rows; each of them must have attended in this pass, as for `probs`.
+            over: "heads", "rows" or "flat".
+
+        Raises:
+            ValueError: if keys of other rows were written since.
+        """
+        for layer, each in self._boards.written.items():
+            if not all(rows is past.rows for rows in each):
+                raise ValueError(f"layer {layer} wrote keys at other rows than those that `remember` was given")
+        real, lse = self.each(of < self._at.dump), self._lse_of(of)
+        return attention_drift(past, q, self._keys, real, self._visible, self._lanes, over, lse, self.n_layers)
+
     def report(self, name: str, x: Tensor) -> None:
         """`Layer.report` of all layers: `x` (layers * batch, ...), for the sequences and layers that ran."""
         self._at.report_all(name, x.reshape(self.n_layers, len(self._at.lanes), *x.shape[1:]))
@@ -106,7 +136,9 @@ class Across:
         """Log-sum-exps (layers * batch, heads, n) of rows `of`, if every layer found those of the rows of the pass."""
         if of is None or not self._known:
             return None
-        lse = torch.stack([self._found[layer][1] for layer in range(self.n_layers)])  # (layers, batch, heads, rows)
+        lse = torch.stack(
+            [self._boards.found[layer][1] for layer in range(self.n_layers)]
+        )  # (layers, batch, heads, rows)
         if of is self._at.now.rows:
             return lse.flatten(0, 1)
         place = find(self._at.now.rows, of)[:, None].expand(*lse.shape[:-1], -1)
@@ -115,7 +147,7 @@ class Across:
     @property
     def _known(self) -> bool:
         """Whether every layer found log-sum-exps of the rows of the pass, and no write has outdated them."""
-        now, found = self._at.now, self._found
+        now, found = self._at.now, self._boards.found
         return now.start is None and len(found) == self.n_layers and all(x is now.rows for x, _ in found.values())
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from dcache.engine.across import Across
 from dcache.engine.aside import Aside
 from dcache.engine.network import Stores
-from dcache.kernels.attend import Keys, attend, attend_each, attend_lse, hide
+from dcache.kernels.attend import Keys, attend, attend_each, attend_lse, finds_lse, hide
 from dcache.kernels.attention_probs import head_mean, probs, products, received
 from dcache.kernels.drift import drift
 from dcache.kernels.product import product
@@ -26,7 +26,6 @@ from dcache.regions import NOWHERE, REGIONS
 # What the device counts: rows that attended, rows that were projected, and those of the first that an earlier call of
 # the same layer had attended with in the same pass.
 COUNTERS = ("rows", "kv_rows", "repeated")
-FEW_ROWS = 1024  # rows of a pass up to which a layer keeps what its softmax found, for statistics of the same queries
 
 
 @dataclass
@@ -95,13 +94,15 @@ class Boards:
         regions: (batch, slots + 1) uint8: the region of every position, by sequence; see `dcache.regions`.
         maps: "rows" and "kv_rows" to (layers, batch, slots + 1) bool when the recompute map was asked for.
         found: layer to what its attention found in this pass and no write has outdated: rows (batch, n), and
-            log-sum-exps (batch, heads, n). Not of many rows.
+            log-sum-exps (batch, heads, n). Only where a kernel attended.
+        written: layer to the rows (batch, n) of every write of its keys in this pass.
     """
 
     def __init__(self, layers: int, batch: int, slots: int, device: torch.device, maps: bool):
         self.layers, self.batch = layers, batch
         self.reports: dict[str, Tensor] = {}
         self.found: dict[int, tuple[Tensor, Tensor]] = {}
+        self.written: dict[int, list[Tensor]] = {}
         self.counted = torch.zeros(len(COUNTERS), layers, batch, len(REGIONS), dtype=torch.int64, device=device)
         self.regions = torch.full((batch, slots + 1), NOWHERE, dtype=torch.uint8, device=device)
         self.maps = (
@@ -116,8 +117,13 @@ class Boards:
     def clear(self) -> None:
         """Device work at the start of a pass."""
         self.found.clear()
+        self.written.clear()
         for x in (self.counted, *self.maps.values()):
             x.zero_()
+
+    def wrote(self, layer: int, rows: Tensor) -> None:
+        """Note a write of keys."""
+        self.written.setdefault(layer, []).append(rows)
 
 
 class Layer:
@@ -243,7 +249,7 @@ class Layer:
             raise ValueError(
                 "the keys of other layers are freed where a policy has a capacity; use one layer at a time"
             )
-        return Across(self, self._held.whole, self._boards.found)
+        return Across(self, self._held.whole, self._boards)
 
     # -- an ordinary layer is these three calls -------------------------------------------------------------------
 
@@ -285,6 +291,7 @@ class Layer:
         )
         self._count("kv_rows", rows)
         self._forget()
+        self._boards.wrote(self.index, rows)
         self.q, self.q_rows = q, rows
         return q
 
@@ -297,7 +304,7 @@ class Layer:
         self._forget()
         self.q, self.q_rows = q, rows
         given = q, *self._keys(), self.visible, self._lanes, self._listed()
-        if q.shape[0] * q.shape[2] > FEW_ROWS:
+        if not finds_lse(q, self.visible, self._lanes):
             return attend(*given).transpose(1, 2).flatten(2)
         o, lse = attend_lse(*given)
         self._lse, self._boards.found[self.index] = (ref(q), lse), (rows, lse)
@@ -363,6 +370,7 @@ class Layer:
             self._count("kv_rows", rows)
             put(self.stores["V"], rows, v, self._lanes)
         if k is not None:
+            self._boards.wrote(self.index, rows)
             put(self.stores["K"], rows, k, self._lanes)
 
     def hold(self, mask: Tensor, which: Tensor) -> None:

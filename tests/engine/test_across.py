@@ -135,7 +135,13 @@ Given = list[tuple[Tensor | None, Tensor]]
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> Given:
+def found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention finds log-sum-exps on a CPU too, as kernels do."""
+    monkeypatch.setattr(layer_module, "finds_lse", lambda *given: True)
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch, found: None) -> Given:
     """The log-sum-exps (layers * batch, heads, n) that ops were given, each with that of the formula."""
     heard: Given = []
 
@@ -174,12 +180,12 @@ def test_what_attention_found_is_given_to_statistics_of_its_rows(
     assert next(calls, None) is None
 
 
-@pytest.mark.parametrize("then", ["attend elsewhere", "write", "run again", "attend with many rows"])
+@pytest.mark.parametrize("then", ["attend elsewhere", "write", "run again", "attend by a library"])
 def test_what_attention_found_is_not_given_where_it_may_not_hold(
     then: str, given: Given, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if then == "attend with many rows":
-        monkeypatch.setattr("dcache.engine.layer.FEW_ROWS", 0)
+    if then == "attend by a library":
+        monkeypatch.setattr(layer_module, "finds_lse", lambda *given: False)
     trace = go(Again(then))
     twice = then == "run again"
     found = [lse is not None for lse, _ in given]
@@ -225,7 +231,7 @@ class Rolls(Again):
 
 
 @pytest.fixture
-def as_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_with_kernels(monkeypatch: pytest.MonkeyPatch, found: None) -> None:
     """A rollout of all layers is to be had on a CPU too."""
     monkeypatch.setattr(across, "use_triton", lambda rows: True)
 
@@ -251,12 +257,10 @@ def test_without_kernels_there_is_no_rollout_of_all_layers() -> None:
 
 
 @pytest.mark.usefixtures("as_with_kernels")
-@pytest.mark.parametrize(
-    "then", ["attend elsewhere", "write", "run again", "attend with many rows", "few rows at most"]
-)
+@pytest.mark.parametrize("then", ["attend elsewhere", "write", "run again", "attend by a library", "few rows at most"])
 def test_there_is_no_rollout_of_all_layers_where_it_may_not_hold(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if then == "attend with many rows":
-        monkeypatch.setattr("dcache.engine.layer.FEW_ROWS", 0)
+    if then == "attend by a library":
+        monkeypatch.setattr(layer_module, "finds_lse", lambda *given: False)
     if then == "few rows at most":
         monkeypatch.setattr(across, "MOST", 3)
     policy = Rolls(then)
@@ -264,6 +268,62 @@ def test_there_is_no_rollout_of_all_layers_where_it_may_not_hold(then: str, monk
     rows = [step.rows.sum(1).max() for step in trace]
     expected = {"run again": [True, False] * len(trace), "few rows at most": [n <= 3 for n in rows]}
     assert policy.rolled == expected.get(then, [False] * len(trace))
+
+
+class Drifts(CachePolicy):
+    """Reports how attention of some rows drifted, of all layers at once and of each by itself.
+
+    Args:
+        then: another write of a layer, to other rows than those of the pass.
+    """
+
+    def __init__(self, visible: str = "all", over: str = "heads", then: str = "nothing"):
+        super().__init__()
+        self.visible, self.over, self.then = visible, over, then
+
+    def stores(self, spec: Any) -> dict[str, int]:
+        return {"Q": spec.q_width}
+
+    def plan(self, state: State) -> Plan:
+        some = state.needed | state.changed
+        shown = Both(self.visible)._shown(state)
+        return Plan(some | (state.step == 0)[:, None], sets={"some": some & (state.step > 0)[:, None]}, visible=shown)
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        some = at.sets["some"]
+        if at.index == 0:
+            with at.aside():
+                self.past = at.across.remember(at.across.stored("Q", some), rows)
+        before = at.probs(at.stored("Q", some))
+        q = at.refresh(rows, h)
+        if (self.then, at.index) == ("write", 1):
+            at.write(some, k=at.stored("K", some))
+        at.report("similarity", at.similarity(before, at.probs(at.stored("Q", some)), some, self.over))
+        h = at.finish(h, at.attend(rows, q))
+        if at.last:
+            with at.aside():
+                every = at.across
+                every.report("similarity*", every.drift(self.past, every.stored("Q", some), some, self.over))
+        return rows, h
+
+
+@pytest.mark.parametrize(
+    ("visible", "over"), [("all", "heads"), ("mask", "rows"), ("by layer", "heads"), ("all", "flat")]
+)
+@pytest.mark.parametrize("buckets", [(), (8, 64)])
+def test_the_drift_of_all_layers_is_that_of_each(visible: str, over: str, buckets: tuple[int, ...]) -> None:
+    trace = go(Drifts(visible, over), buckets=buckets)
+    for step in trace:
+        each, every = step.reports["similarity"][:, step.active], step.reports["similarity*"][:, step.active]
+        np.testing.assert_allclose(every, each, atol=1e-6)
+        first = step.step[step.active] == 0
+        assert (np.isnan(every) == first).all()
+        assert (every[:, ~first] < 1 - 1e-4).any() or first.all()
+
+
+def test_keys_written_elsewhere_than_remembered_are_refused() -> None:
+    with pytest.raises(PolicyError, match="layer 1 wrote keys at other rows"):
+        go(Drifts(then="write"))
 
 
 def test_they_can_be_recorded() -> None:
@@ -293,6 +353,7 @@ def test_a_report_of_all_layers_has_one_shape_per_name() -> None:
         go(Changing())
 
 
+@pytest.mark.usefixtures("found")
 def test_what_attention_found_serves_later_layers_while_the_queries_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rollout in the last layer asks every layer about its own queries."""
     known: list[bool] = []

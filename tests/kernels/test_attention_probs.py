@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dcache.kernels import attention_probs as ops
+from dcache.kernels import scores
 
 SHAPES = {  # batch, heads, kv_heads, rows, slots, head_dim
     "few rows": (2, 6, 3, 5, 11, 8),
@@ -86,7 +87,7 @@ def build(
 def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys, rows and heads divided among many programs, or as few as can be."""
     if request.param == "in one program":
-        monkeypatch.setattr(ops, "PROGRAMS", 1)
+        monkeypatch.setattr(scores, "PROGRAMS", 1)
 
 
 def assert_is(found: Tensor, expected: Tensor) -> None:
