@@ -88,6 +88,7 @@ def rotary_scatter_ref(
     lanes: Tensor | None = None,
     q_store: Tensor | None = None,
     positions: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The torch twin of `rotary_scatter`."""
     x = qkv if bias is None else qkv + bias
@@ -97,7 +98,7 @@ def rotary_scatter_ref(
     kv_heads = k_store.shape[1]
     q, k, v = torch.split(x, [x.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
     q, k = (rotary_ref(part, cos, sin, full_precision) for part in (q, k))
-    q = q.transpose(1, 2)
+    q = (q if out is None else out.copy_(q)).transpose(1, 2)
     put_ref(k_store, rows, k.transpose(1, 2), lanes)
     put_ref(v_store, rows, v.transpose(1, 2), lanes)
     if q_store is not None:
@@ -117,11 +118,13 @@ def rotary_scatter_triton(
     lanes: Tensor | None = None,
     q_store: Tensor | None = None,
     positions: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The kernel of `rotary_scatter`."""
     (batch, n, width), (kv_heads, head_dim) = qkv.shape, k_store.shape[1::2]
     heads = width // head_dim - 2 * kv_heads
-    q = qkv.new_empty(batch, n, heads, head_dim)
+    q = qkv.new_empty(batch, n, heads, head_dim) if out is None else out
+    assert q.is_contiguous()
     positions = rows if positions is None else positions
     block = _block_heads(heads + 2 * kv_heads, head_dim)
     _rotary_scatter_kernel[(n, triton.cdiv(heads + 2 * kv_heads, block), batch)](
@@ -167,6 +170,7 @@ def rotary_scatter(
     lanes: Tensor | None = None,
     q_store: Tensor | None = None,
     positions: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Rotate the queries and keys of a fused projection, and write keys and values to their stores.
 
@@ -185,12 +189,13 @@ def rotary_scatter(
             them, in order.
         q_store: (sequences, heads, slots, head_dim), overwritten at `rows` with the result; or None.
         positions: (batch, n) int64, by which they are rotated; None when these are the slots.
+        out: (batch, n, heads, head_dim), contiguous, dtype of `qkv`: where to write the result; or None.
 
     Returns:
-        rotated queries (batch, heads, n, head_dim); a transposed view of (batch, n, heads, head_dim).
+        rotated queries (batch, heads, n, head_dim); a transposed view of (batch, n, heads, head_dim), which is `out`.
     """
     op = rotary_scatter_triton if use_triton(qkv) else rotary_scatter_ref
-    return op(qkv, bias, rows, cos, sin, full_precision, k_store, v_store, lanes, q_store, positions)
+    return op(qkv, bias, rows, cos, sin, full_precision, k_store, v_store, lanes, q_store, positions, out)
 
 
 def _block_heads(heads: int, head_dim: int) -> int:

@@ -87,7 +87,7 @@ class Across:
         Returns:
             (batch, slots) float32.
         """
-        q, shape = torch.stack(list(queries)).flatten(0, 1), (self.n_layers, len(rows))
+        q, shape = self._together(queries), (self.n_layers, len(rows))
         k, rest = self._keys, (self._visible, self._lanes, self._lse_of(rows))
         flow = head_mean(q, k, *rest, self.each(rows), self.n_layers)
         passed, own = rollout(flow.view(*shape, *flow.shape[1:]), rows < self._at.dump)
@@ -131,6 +131,15 @@ class Across:
     def report(self, name: str, x: Tensor) -> None:
         """`Layer.report` of all layers: `x` (layers * batch, ...), for the sequences and layers that ran."""
         self._at.report_all(name, x.reshape(self.n_layers, len(self._at.lanes), *x.shape[1:]))
+
+    def _together(self, queries: Sequence[Tensor]) -> Tensor:
+        """Queries of all layers as one tensor (layers * batch, heads, n, head_dim), from the second run on uncopied."""
+        self._at.now.books.together = True
+        if self._boards.queries is not None:
+            made = self._boards.queries.transpose(2, 3)
+            if all(x.data_ptr() == y.data_ptr() and x.shape == y.shape for x, y in zip(queries, made, strict=True)):
+                return made.flatten(0, 1)
+        return torch.stack(list(queries)).flatten(0, 1)
 
     def _lse_of(self, of: Tensor | None) -> Tensor | None:
         """Log-sum-exps (layers * batch, heads, n) of rows `of`, if every layer found those of the rows of the pass."""

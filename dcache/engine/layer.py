@@ -33,11 +33,13 @@ class Books:
     """What one kind of pass is known to compute, found out at its first, eager run.
 
     `planned` counts the calls that worked on exactly the rows of the plan, which the host knows; the rows of the other
-    calls are counted by the device in `Boards.counted`.
+    calls are counted by the device in `Boards.counted`. `together` says that the queries of all layers were asked for
+    as one tensor: from the next run on they are made in one place.
     """
 
     planned: dict[str, list[int]]
     on_device: bool = False
+    together: bool = False
     reports: list[str] = field(default_factory=list)
     per_layer: dict[str, bool] = field(default_factory=dict)
 
@@ -96,6 +98,7 @@ class Boards:
         found: layer to what its attention found in this pass and no write has outdated: rows (batch, n), and
             log-sum-exps (batch, heads, n). Only where a kernel attended.
         written: layer to the rows (batch, n) of every write of its keys in this pass.
+        queries: (layers, batch, n, heads, head_dim), the queries of a pass that makes them in one place; else None.
     """
 
     def __init__(self, layers: int, batch: int, slots: int, device: torch.device, maps: bool):
@@ -103,6 +106,7 @@ class Boards:
         self.reports: dict[str, Tensor] = {}
         self.found: dict[int, tuple[Tensor, Tensor]] = {}
         self.written: dict[int, list[Tensor]] = {}
+        self.queries: Tensor | None = None
         self.counted = torch.zeros(len(COUNTERS), layers, batch, len(REGIONS), dtype=torch.int64, device=device)
         self.regions = torch.full((batch, slots + 1), NOWHERE, dtype=torch.uint8, device=device)
         self.maps = (
@@ -118,8 +122,20 @@ class Boards:
         """Device work at the start of a pass."""
         self.found.clear()
         self.written.clear()
+        self.queries = None
         for x in (self.counted, *self.maps.values()):
             x.zero_()
+
+    def room(self, layer: int, like: Tensor, heads: int, head_dim: int) -> Tensor:
+        """Where the queries of a layer go: (batch, n, heads, head_dim), for `like` (batch, n, width).
+
+        Those of a second write of the layer, or of another number of rows, go elsewhere.
+        """
+        if self.queries is None:
+            self.queries = like.new_empty(self.layers, *like.shape[:2], heads, head_dim)
+        if layer in self.written or self.queries.shape[1:3] != like.shape[:2]:
+            return like.new_empty(*like.shape[:2], heads, head_dim)
+        return self.queries[layer]
 
     def wrote(self, layer: int, rows: Tensor) -> None:
         """Note a write of keys."""
@@ -288,6 +304,7 @@ class Layer:
             self._lanes,
             stores.get("Q"),
             self._model.positions(rows),
+            self._boards.room(self.index, qkv, spec.n_heads, spec.head_dim) if self.now.books.together else None,
         )
         self._count("kv_rows", rows)
         self._forget()

@@ -250,6 +250,37 @@ def test_a_rollout_of_all_layers_is_that_of_one_after_the_other(visible: str, bu
             np.testing.assert_allclose(found.sum(1), found.shape[1], rtol=1e-5)
 
 
+@pytest.mark.usefixtures("as_with_kernels")
+@pytest.mark.parametrize("twice", [False, True])
+def test_queries_that_are_asked_for_together_are_made_in_one_place(
+    twice: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[bool] = []
+    inner = across.head_mean
+
+    def noting(q: Tensor, *more: Any, **how: Any) -> Tensor:
+        copied.append(q.data_ptr() != policy.passed[0][1].data_ptr())
+        return inner(q, *more, **how)
+
+    class Asks(Rolls):
+        def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            if twice:  # what it returned must not be written over
+                first = at.refresh(rows, -h)
+                before = first.clone()
+            result = super().layer(at, rows, h)
+            assert not twice or torch.equal(first, before)
+            return result
+
+    monkeypatch.setattr(across, "head_mean", noting)
+    policy = Asks()
+    trace = go(policy, buckets=(8, 64))
+    assert all(policy.rolled)
+    for step in trace:
+        np.testing.assert_allclose(*(step.reports[name][step.active] for name in ("rollout", "expected")), rtol=1e-5)
+    assert copied[0]  # nobody knew yet
+    assert all(copied) if twice else not all(copied[1:])
+
+
 def test_without_kernels_there_is_no_rollout_of_all_layers() -> None:
     policy = Rolls()
     go(policy)

@@ -78,8 +78,10 @@ def test_queries_and_stores_are_those_of_the_twin(
             for of in (kv_heads, kv_heads, heads)
         ]
         k, v, q_kept = (store[:, 1:-1, 2 : dump + 3] for store in whole)
-        q = op(qkv, added, rows, cos, sin, full, k, v, lane, q_kept if keep_q else None)
+        place = torch.full((2, n, heads, head_dim), torch.nan, device=device, dtype=kind) if keep_q else None
+        q = op(qkv, added, rows, cos, sin, full, k, v, lane, q_kept if keep_q else None, None, place)
         assert q.transpose(1, 2).is_contiguous()
+        assert place is None or q.data_ptr() == place.data_ptr()
         assert all(store.isfinite().all() for store in whole)
         for store in (k, v, q_kept):
             store[:, :, dump] = 0  # whichever padded row won there
