@@ -294,9 +294,10 @@ class State:
     def apply(self, update: Update, seen: Seen) -> None:
         """Write what the step decided and move on: tokens, masked, changed, step and block."""
         active, remasks = self.active, bool(np.count_nonzero(update.remask))
-        self._check_update(update, remasks)
+        at = places(update.commit)
+        self._check_update(update, at, remasks)
         written, tokens = update.written(self.spec.eos_id)
-        at = places(written)
+        at = at if written is update.commit else places(written)
         self.changed = written
         self.tokens = self.tokens.copy()
         self.tokens.put(at, tokens.take(at))
@@ -316,16 +317,15 @@ class State:
             else:
                 self._enter(block)
 
-    def _check_update(self, update: Update, remasks: bool) -> None:
-        self._check_commits(update)
+    def _check_update(self, update: Update, at: Ints, remasks: bool) -> None:
+        self._check_commits(update, at)
         if remasks or update.fill is not None:
             self._check_rewritten(update)
         if self.guided:
             self._check_pairs(update)
 
-    def _check_commits(self, update: Update) -> None:
-        """Only the few committed rows are looked at: the next pass waits for this."""
-        at = places(update.commit)
+    def _check_commits(self, update: Update, at: Ints) -> None:
+        """Only the few committed rows, which lie at `at`, are looked at: the next pass waits for this."""
         inside: list[bool] = self.window.take(at).tolist()
         if not all(inside):
             b, p = divmod(int(at[inside.index(False)]), self.slots)

@@ -79,29 +79,31 @@ class DKVCache(CachePolicy):
 
     def begin(self, net: Network, state: State) -> None:
         """Nothing may be cached before the first step."""
+        self.prefix = prefix(state)
         self.before = np.zeros_like(state.valid)
         self.known = np.zeros_like(state.valid)
 
     def plan(self, state: State) -> Plan:
         """Everything, except what the variant reads from the cache."""
-        prompt = prefix(state) & (state.step > 0)[:, None]
+        begins = (state.step == 0)[:, None]
         between = (state.block_step % self.config.interval != 0)[:, None]  # two refreshes
         match self.config.variant:
             case "decode":
-                reused = self._decoded(state) & between
+                reused = self._decoded(state, begins) & between
             case "greedy":
                 reused = ~near(state, self.config.neighbours) & between
             case "prefill":
-                reused = prompt
+                reused = self.prefix & ~begins
             case "pd":
-                reused = prompt | self._decoded(state) & between
+                reused = self.prefix & ~begins | self._decoded(state, begins) & between
         replaced = state.changed & self.known  # put back or overwritten: stored with a token that it no longer has
         self.known = state.known
         return Plan(state.valid & ~reused | state.needed | replaced)
 
-    def _decoded(self, state: State) -> Bools:
+    def _decoded(self, state: State, begins: Bools) -> Bools:
         """``S_{i-1}``: what could be cached one step ago and still can (section 3.2, delayed caching)."""
-        now = np.where((state.step == 0)[:, None], prefix(state), cacheable(state, self.config.cacheable))
+        now = cacheable(state, self.config.cacheable)
+        now = np.where(begins, self.prefix, now) if np.count_nonzero(begins) else now
         reused = self.before & now
         self.before = now
         if state.spec.shift == 0:  # the released LLaDA loop keeps nothing of step 0, Dream's keeps the prompt
