@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 TILES = {  # by kernel, for few, some and many rows
     "lse": (Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     "probs": (Tile(16, 128, 4, 1), Tile(64, 64, 4, 1), Tile(64, 128, 8, 1)),
-    "received": (Tile(16, 64, 4, 1), Tile(32, 64, 4, 3), Tile(64, 128, 4, 2)),
+    "received": (Tile(16, 64, 4, 1), Tile(32, 64, 4, 3), Tile(32, 128, 4, 2)),
     "mean": (Tile(16, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 3)),
 }
 FEW, SOME = 16, 256

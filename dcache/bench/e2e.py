@@ -13,7 +13,7 @@ import torch
 
 from dcache.bench.activity import gaps, splits
 from dcache.bench.floor import Floor, rows_of_passes
-from dcache.bench.profile import idle_share, profiled_steps
+from dcache.bench.profile import Idle, idle_share, profiled_steps
 from dcache.bench.prompts import pictures, random_prompts, with_images
 from dcache.bench.reports import EndToEndSettings, PolicyResult, Times
 from dcache.conditions import written
@@ -85,7 +85,7 @@ class Timed:
 
     line: Task
     result: PolicyResult
-    idle: float | None = None
+    idle: Idle | None = None
 
 
 def tasks(policies: Sequence[str], settings: EndToEndSettings) -> list[Task]:
@@ -170,7 +170,8 @@ def profiled(model: Model, known: Timed, split: bool, trace: bool) -> dict[str, 
     found: dict[str, object] = {"split": splits(steps)} if split else {}
     waits = gaps(steps) if trace else None
     if waits is not None:
-        found["gaps"] = waits.model_copy(update={"idle": known.idle})
+        idle = known.idle and {"idle": known.idle.median, "idle_mean": known.idle.mean}
+        found["gaps"] = waits.model_copy(update=idle)
     return found
 
 
@@ -188,7 +189,7 @@ def _engine(model: Model, line: Task) -> Engine:
     return Engine(model.transformer, *line.plugins(model.spec), graphs=None if line.settings.graphs else False)
 
 
-def _decodes(model: Model, line: Task, idle: bool) -> tuple[list[list[Step]], float, dict[str, object], float | None]:
+def _decodes(model: Model, line: Task, idle: bool) -> tuple[list[list[Step]], float, dict[str, object], Idle | None]:
     """The steps of every repeat, the seconds of all, fields of `PolicyResult` that the engine tells, the idle share."""
     engine = _engine(model, line)
     limit = _warm_up(engine, line, model.spec)

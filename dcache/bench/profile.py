@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from statistics import median
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -50,8 +51,20 @@ def profiled_steps(engine: Engine, state: Callable[[], State]) -> list[Step]:
     return steps_of(events_of(found))[SKIPPED:]
 
 
-def idle_share(engine: Engine, state: Callable[[], State], limit: int | None = None) -> float | None:
-    """Share of a decode in which the device waits for the host between two passes, by events; None of one pass.
+class Idle(NamedTuple):
+    """Share of the time from one pass to the next in which the device waits for the host.
+
+    Attributes:
+        median: of all passes.
+        mean: all waits over all time; one long pause of the host shows here.
+    """
+
+    median: float
+    mean: float
+
+
+def idle_share(engine: Engine, state: Callable[[], State], limit: int | None = None) -> Idle | None:
+    """How long the device waits for the host between two passes of a decode, by events; None of one pass.
 
     From the end of the download of one pass to the upload of the next, the first passes left out. No profile may have
     been made in the process before: it would slow the host here too.
@@ -67,8 +80,9 @@ def idle_share(engine: Engine, state: Callable[[], State], limit: int | None = N
     passes = passes[SKIPPED:]
     if len(passes) < 2:
         return None
-    idle = sum(a[1].elapsed_time(b[0]) for a, b in pairwise(passes))
-    return float(idle / passes[0][0].elapsed_time(passes[-1][0]))
+    waits = [a[1].elapsed_time(b[0]) for a, b in pairwise(passes)]
+    whole = [a[0].elapsed_time(b[0]) for a, b in pairwise(passes)]
+    return Idle(median(wait / all_ for wait, all_ in zip(waits, whole, strict=True)), sum(waits) / sum(whole))
 
 
 @contextmanager

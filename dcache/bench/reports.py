@@ -175,7 +175,9 @@ class Gaps(Record):
         syncs: host syncs per step, mean and most.
         largest_gap_us: the longest time without work on the device inside a pass, from its first kernel on.
         idle_between: time without work outside that, as a share of all time; a profiler makes a graph slow to launch.
-        idle: share of the time between passes, by events, before any profile; None where it was not measured.
+        idle: share of the time between passes, by events, before any profile, in the median; None where it was not
+            measured.
+        idle_mean: the same in the mean, which a pause of the host decides; None in older reports too.
     """
 
     steps: int
@@ -185,6 +187,7 @@ class Gaps(Record):
     largest_gap_us: float
     idle_between: float
     idle: float | None = None
+    idle_mean: float | None = None
 
 
 class PolicyResult(Record):

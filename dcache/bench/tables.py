@@ -181,9 +181,17 @@ def _gaps(report: EndToEndReport) -> list[Table]:
         [_name(r), *map(str, (g.steps, g.second_passes, g.syncs, g.most_syncs)), _number(g.largest_gap_us), idle]
         for r in report.results
         if (g := r.gaps) is not None
-        for idle in ["-" if g.idle is None else f"{100 * g.idle:.2f} %"]
+        for idle in [" / ".join(f"{100 * x:.2f} %" for x in (g.idle, g.idle_mean) if x is not None) or "-"]
     ]
-    titles = ["trace", "steps", "with two passes", "syncs a step", "most", "largest gap us", "idle between passes"]
+    titles = [
+        "trace",
+        "steps",
+        "with two passes",
+        "syncs a step",
+        "most",
+        "largest gap us",
+        "idle between passes: median / mean",
+    ]
     return [Table("What the device waits for", titles, rows, [])] if rows else []
 
 

@@ -1,5 +1,6 @@
 """Whole policies: the arithmetic on steps written by hand, and how a run that fails is told."""
 
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,6 +195,26 @@ def test_an_idle_share_is_of_steps_that_were_decoded_before_and_there_may_be_non
     engine = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")))
     assert profiling.idle_share(engine, lambda: None, limit) is None
     assert asked == [steps]
+
+
+def test_one_pause_of_the_host_shows_in_the_mean_of_idle_shares_alone(monkeypatch):
+    class Event(SimpleNamespace):
+        def elapsed_time(self, other):
+            return other.ms - self.ms
+
+    passes = [[Event(ms=begin), Event(ms=begin + 8)] for begin in (0, 10, 20, 30, 70, 80)]  # 10 each, and a pause of 30
+
+    @contextmanager
+    def timed_passes():
+        yield passes
+
+    monkeypatch.setattr(profiling, "_timed_passes", timed_passes)
+    monkeypatch.setattr(profiling, "decode", lambda engine, state, limit: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    engine = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")))
+    share = profiling.idle_share(engine, lambda: None)
+    assert share.median == pytest.approx(0.2)
+    assert share.mean == pytest.approx((2 + 32 + 2) / 60)
 
 
 def test_passes_are_found_in_a_real_profile():
