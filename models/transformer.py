@@ -185,7 +185,11 @@ class Transformer(nn.Module):
             else nn.Parameter(torch.empty(spec.vocab_size, spec.d_model, device=device, dtype=dtype))
         )
         # one more than there are positions: padded rows stand at the slot behind the canvas
-        cos, sin = rotary_table(spec.max_positions + 1, spec.head_dim, spec.rope_theta, device)
+        n_positions = spec.max_positions + 1
+        if device.type == "meta":  # for the shape alone, torch would import its compiler: a second of every start
+            cos, sin = torch.empty(2, n_positions, spec.head_dim // 2, device=device, dtype=torch.float32)
+        else:
+            cos, sin = rotary_table(n_positions, spec.head_dim, spec.rope_theta, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

@@ -1,4 +1,7 @@
-"""What is built and installed: one package `dcache`, complete, whichever way it is built."""
+"""What is built and installed: one package `dcache`, complete, whichever way it is built.
+
+The tests are functions, because classes would be spread over the workers of a run, and each worker would build again.
+"""
 
 import os
 import re
@@ -95,59 +98,70 @@ def test_the_version_is_the_same_in_the_settings_and_in_the_package():
 
 
 @pytest.mark.slow
-class TestWheel:
-    def test_has_every_file_of_the_checkout_and_none_besides(self, built: Built):
-        package = {name for name in files_in(built.wheel) if ".dist-info/" not in name}
-        assert package == files_of(built.source)
-        assert "dcache/py.typed" in package
-
-    def test_has_nothing_beside_the_package_at_top_level(self, built: Built):
-        top = {name.split("/")[0] for name in files_in(built.wheel)}
-        assert top == {"dcache", f"dcache-{SETTINGS['project']['version']}.dist-info"}
-
-    def test_has_the_tiny_checkpoints(self, built: Built):
-        from dcache.models.tiny import NAMES
-
-        names = files_in(built.wheel)
-        for checkpoint in NAMES:
-            files = {name.rpartition("/")[2] for name in names if name.startswith(f"dcache/models/tiny/{checkpoint}/")}
-            assert {"config.json", "model.safetensors"} <= files
-            assert "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files
-
-    def test_has_the_licence(self, built: Built):
-        (licence,) = (name for name in files_in(built.wheel) if name.endswith("/licenses/LICENSE"))
-        assert zipfile.ZipFile(built.wheel).read(licence) == (ROOT / "LICENSE").read_bytes()
-
-    def test_is_the_same_by_way_of_the_sdist(self, built: Built):
-        assert files_in(built.wheel_of_sdist) == files_in(built.wheel)
+def test_the_wheel_has_every_file_of_the_checkout_and_none_besides(built: Built):
+    package = {name for name in files_in(built.wheel) if ".dist-info/" not in name}
+    assert package == files_of(built.source)
+    assert "dcache/py.typed" in package
 
 
 @pytest.mark.slow
-class TestSdist:
-    def test_has_the_tests_and_their_recorded_runs(self, built: Built):
-        with tarfile.open(built.sdist) as archive:
-            names = {name.partition("/")[2] for name in archive.getnames()}
-        tests = (path for path in (built.source / "tests").rglob("*") if path.is_file())
-        assert {path.relative_to(built.source).as_posix() for path in tests} - names == set()
-        assert {"Makefile", "CHANGELOG.md", "LICENSE", "tools/types.sh"} <= names
+def test_the_wheel_has_nothing_beside_the_package_at_top_level(built: Built):
+    top = {name.split("/")[0] for name in files_in(built.wheel)}
+    assert top == {"dcache", f"dcache-{SETTINGS['project']['version']}.dist-info"}
 
 
 @pytest.mark.slow
-class TestInstalled:
-    def test_imports_from_the_environment_and_not_from_the_checkout(self, installed: Path, tmp_path: Path):
-        names = "dcache, dcache.policies, dcache.models, dcache.kernels"
-        code = f"import {names}; print(*(module.__file__ for module in ({names})), sep='\\n')"
-        files = run(installed / "bin" / "python", "-c", code, cwd=tmp_path).split()
-        assert len(files) == 4
-        assert all(Path(file).resolve().is_relative_to(installed.resolve()) for file in files), files
+def test_the_wheel_has_the_tiny_checkpoints(built: Built):
+    from dcache.models.tiny import NAMES
 
-    def test_the_command_lists_the_policies(self, installed: Path, tmp_path: Path):
-        shown = run(installed / "bin" / "dcache", "policies", cwd=tmp_path)
-        assert {"none", "elastic", "dkv"} <= set(re.findall(r"[\w-]+", shown))
+    names = files_in(built.wheel)
+    for checkpoint in NAMES:
+        files = {name.rpartition("/")[2] for name in names if name.startswith(f"dcache/models/tiny/{checkpoint}/")}
+        assert {"config.json", "model.safetensors"} <= files
+        assert "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files
 
-    def test_the_command_writes_a_package_from_its_templates(self, installed: Path, tmp_path: Path):
-        run(installed / "bin" / "dcache", "new-policy", "lru", cwd=tmp_path)
-        assert 'lru = "dcache_lru"' in (tmp_path / "dcache-lru" / "pyproject.toml").read_text(encoding="utf-8")
 
-    def test_works_where_a_checkout_shadows_it(self, installed: Path):
-        run(installed / "bin" / "python", "-c", "import dcache.policies, dcache.models, dcache.kernels", cwd=ROOT)
+@pytest.mark.slow
+def test_the_wheel_has_the_licence(built: Built):
+    (licence,) = (name for name in files_in(built.wheel) if name.endswith("/licenses/LICENSE"))
+    assert zipfile.ZipFile(built.wheel).read(licence) == (ROOT / "LICENSE").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_wheel_is_the_same_by_way_of_the_sdist(built: Built):
+    assert files_in(built.wheel_of_sdist) == files_in(built.wheel)
+
+
+@pytest.mark.slow
+def test_the_sdist_has_the_tests_and_their_recorded_runs(built: Built):
+    with tarfile.open(built.sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tests = (path for path in (built.source / "tests").rglob("*") if path.is_file())
+    assert {path.relative_to(built.source).as_posix() for path in tests} - names == set()
+    assert {"Makefile", "CHANGELOG.md", "LICENSE", "tools/types.sh"} <= names
+
+
+@pytest.mark.slow
+def test_the_installed_package_imports_from_the_environment_and_not_from_the_checkout(installed: Path, tmp_path: Path):
+    names = "dcache, dcache.policies, dcache.models, dcache.kernels"
+    code = f"import {names}; print(*(module.__file__ for module in ({names})), sep='\\n')"
+    files = run(installed / "bin" / "python", "-c", code, cwd=tmp_path).split()
+    assert len(files) == 4
+    assert all(Path(file).resolve().is_relative_to(installed.resolve()) for file in files), files
+
+
+@pytest.mark.slow
+def test_the_installed_command_lists_the_policies(installed: Path, tmp_path: Path):
+    shown = run(installed / "bin" / "dcache", "policies", cwd=tmp_path)
+    assert {"none", "elastic", "dkv"} <= set(re.findall(r"[\w-]+", shown))
+
+
+@pytest.mark.slow
+def test_the_installed_command_writes_a_package_from_its_templates(installed: Path, tmp_path: Path):
+    run(installed / "bin" / "dcache", "new-policy", "lru", cwd=tmp_path)
+    assert 'lru = "dcache_lru"' in (tmp_path / "dcache-lru" / "pyproject.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_installed_package_works_where_a_checkout_shadows_it(installed: Path):
+    run(installed / "bin" / "python", "-c", "import dcache.policies, dcache.models, dcache.kernels", cwd=ROOT)

@@ -64,6 +64,7 @@ def cluster(tmp_path_factory):
         patch.syspath_prepend(folder)
         patch.setattr("dcache.ray_launcher.PATIENCE_S", 600.0)  # a busy machine is no news
         patch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        patch.setenv("RAY_worker_niceness", "0")  # Ray's 15 starves them beside the other tests
         cluster = Cluster(None)
         yield cluster
         cluster.close()

@@ -44,6 +44,7 @@ Holds: TypeAlias = Callable[[Subject, Canvas], None]
 
 LOGITS = 2e-3  # absolute; logits of the random models reach about 20
 SAME = 1e-4  # of logits of two passes of one shape
+PADDED = (8, 64)  # row lists are padded to these sizes
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,17 @@ def claim(
 
 
 @lru_cache(maxsize=128)
-def plain(maker: Maker, canvas: Canvas) -> Run:
-    """A run without further ado."""
-    return Run(maker, canvas).go()
+def plain(maker: Maker, canvas: Canvas, buckets: tuple[int, ...] = ()) -> Run:
+    """A run without further ado, and in `Run.due` what its unmasker asked for; several claims read it."""
+    run = Run(maker, canvas, buckets=buckets)
+    ask = run.unmasker.ask
+
+    def asking(state: State) -> Any:
+        run.due.append((asked := ask(state)).due)
+        return asked
+
+    vars(run.unmasker)["ask"] = asking
+    return run.go()
 
 
 def each(run: Run) -> Iterable[int]:
@@ -101,17 +110,9 @@ def each(run: Run) -> Iterable[int]:
 @claim()
 def decodes_every_canvas_to_the_end(subject: Subject, canvas: Canvas) -> None:
     """No error, no NaN from a key that nobody wrote, no step without a commit when one is due, nothing left masked."""
-    run = Run(subject.policy, canvas)
-    ask, due = run.unmasker.ask, []
-
-    def asking(state: State) -> Any:
-        due.append((asked := ask(state)).due)
-        return asked
-
-    vars(run.unmasker)["ask"] = asking
-    run.go()
+    run = plain(subject.policy, canvas)
     for n, step in enumerate(run.trace):
-        for b in np.flatnonzero(step.active & due[n] & ~step.commit.any(1)):
+        for b in np.flatnonzero(step.active & run.due[n] & ~step.commit.any(1)):
             lost = np.flatnonzero(step.tokens[b] < 0)
             raise AssertionError(
                 f"step {step.step[b]}, sequence {b}: nothing was committed although a commit was due; of the canvas, "
@@ -414,7 +415,7 @@ def same_visible(one: np.ndarray | None, other: np.ndarray | None, b: int) -> bo
 @claim()
 def padding_of_row_lists_changes_nothing(subject: Subject, canvas: Canvas) -> None:
     """Row lists are padded to a few sizes on a GPU."""
-    exact, padded = plain(subject.policy, canvas), Run(subject.policy, canvas, buckets=(8, 64)).go()
+    exact, padded = plain(subject.policy, canvas), plain(subject.policy, canvas, PADDED)
     for b in each(exact):
         same_decisions(padded, b, exact, b, "without padding")
         for n, (found, expected) in enumerate(zip(padded.rows(b), exact.rows(b), strict=False)):
@@ -427,9 +428,9 @@ def padding_of_row_lists_changes_nothing(subject: Subject, canvas: Canvas) -> No
 @claim(share=0.25)
 def a_recorded_pass_replays_to_the_same_run(subject: Subject, canvas: Canvas) -> None:
     """As a CUDA graph does: syncs are refused, and what is read from Python stays that of the recording."""
-    eager = Run(subject.policy, canvas, buckets=(8, 64)).go()
+    eager = plain(subject.policy, canvas, PADDED)
     recorder = Recorder()
-    run = Run(subject.policy, canvas, buckets=(8, 64), executor=recorder)
+    run = Run(subject.policy, canvas, buckets=PADDED, executor=recorder)
     for told in ("run before the recording", "while recording", "replayed"):
         run.again()
         for b in each(run):

@@ -227,6 +227,7 @@ class Run:
         self.engine = Engine(canvas.model, self.policy, self.unmasker, **options)
         self.state = canvas.state(only)
         self.trace: list[Step] = []
+        self.due: list[Bools] = []  # of each step, in which sequences a commit was due; for a run that was listened to
         self.request = 0
 
     def go(self) -> Run:

@@ -1,11 +1,13 @@
 """Every kernel test runs on a CPU under the interpreter, or on a GPU: a `device` argument says which."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 HAVE_GPU = torch.cuda.is_available()
 
@@ -25,6 +27,24 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def device(request: pytest.FixtureRequest) -> str:
     """Where the test runs."""
     return str(request.param)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patched_once() -> Iterator[None]:
+    """In every call of a kernel function by another the interpreter looks through all of `triton.language` to patch it.
+
+    That is a third of its time, and finds nothing where the launch, or an earlier call, has patched both modules.
+    """
+
+    def call(function: InterpretedFunction, *given: Any, **how: Any) -> Any:
+        if is_builtin(tl.load) or is_builtin(tl.core.load):
+            return patching(function, *given, **how)
+        return function.rewrite()(*given, **how)
+
+    patching, is_builtin = InterpretedFunction.__call__, tl.core.is_builtin
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "__call__", call)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -740,11 +740,22 @@ def readable(verdict: search.Verdict) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _quick_and_fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(search, "SHRINK_S", 2.0)
-    yield
-    for kept in (plain, watched):  # runs on a broken engine
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a fault was found once, no test but that of the smallest example asks for less."""
+    monkeypatch.setattr(search, "SHRINK_S", 0.0)
+
+
+def forget_runs() -> None:
+    for kept in (plain, watched):
         kept.cache_clear()
+
+
+@pytest.fixture
+def _own_runs() -> Iterator[None]:
+    """No run of a right engine is taken for one of a broken one, nor the other way round."""
+    forget_runs()
+    yield
+    forget_runs()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.policy.__name__)
@@ -858,6 +869,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.usefixtures("_own_runs")
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
 def test_a_fault_of_the_engine_is_found(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broken.owner, broken.attribute, broken.wrong(getattr(broken.owner, broken.attribute)))
@@ -866,13 +878,14 @@ def test_a_fault_of_the_engine_is_found(broken: Broken, monkeypatch: pytest.Monk
     assert readable(verdict), str(verdict)
 
 
-RIGHT = {Periodic: Periodic, Chosen: Chosen, Hides: Hides, ShowsAll: DRIFTS}  # and what decodes alike
+ALIKE = {Periodic: Periodic, Chosen: Chosen, Hides: Hides, ShowsAll: DRIFTS}  # what is right, and what decodes alike
+RIGHT = {policy: subject_of(policy, equals) for policy, equals in ALIKE.items()}  # one each: its claims share runs
 
 
 @pytest.mark.parametrize("name", CLAIMS)
 @pytest.mark.parametrize("policy", RIGHT)
 def test_what_the_faults_are_planted_in_has_none(policy: Any, name: str) -> None:
-    subject = subject_of(policy, equals=RIGHT[policy])
+    subject = RIGHT[policy]
     verdict = search.judge(CLAIMS[name], subject, examples=3)
     assert verdict.status == "pass" or CLAIMS[name].needs(subject) is not None, str(verdict)
 
@@ -884,7 +897,8 @@ def test_the_snippet_of_a_verdict_reproduces_it() -> None:
         exec(verdict.snippet, names)
 
 
-def test_the_smallest_example_is_small() -> None:
+def test_the_smallest_example_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "SHRINK_S", 20.0)
     verdict = verdict_on(FRESH, subject_of(RotatesTwice))
     assert "1 sequence of 1 + 4 (prompt + masked) rows" in verdict.example
 

@@ -28,6 +28,7 @@ from dcache.unmasking.schedule import progress
 from dcache.unmasking.wino import WINO
 
 MODELS = {0: random_model(2), 1: random_model(5, shift=1)}
+SHALLOW = {0: random_model(2, n_layers=1), 1: random_model(5, n_layers=1, shift=1)}  # no unmasker asks for the depth
 SPEC = MODELS[0].spec
 TABLE = np.random.default_rng(0).dirichlet(np.ones(SPEC.vocab_size))
 RAGGED = [[3, 1, 4], [1, 5, 9, 2, 6], [5], [8, 9, 7, 9]]
@@ -85,9 +86,9 @@ def test_every_unmasker_is_tried():
 @every
 def test_all_is_decoded_never_as_a_mask_and_batching_does_not_change_it(text: str, shift: int, sampling: int):
     block = None if "window" in text else 4
-    trace, state = uncached(MODELS[shift], make(text, SAMPLINGS[sampling]), RAGGED, GEN, block)
+    trace, state = uncached(SHALLOW[shift], make(text, SAMPLINGS[sampling]), RAGGED, GEN, block)
     for b, prompt in enumerate(RAGGED):
-        alone, single = uncached(MODELS[shift], make(text, SAMPLINGS[sampling]), [prompt], GEN[b], block, ids=[b])
+        alone, single = uncached(SHALLOW[shift], make(text, SAMPLINGS[sampling]), [prompt], GEN[b], block, ids=[b])
         mine = [c for c, step in zip(commits(trace, b), trace, strict=True) if step.active[b]]
         assert mine == commits(alone)
         assert state.tokens[b, : state.lengths[b]].tolist() == single.tokens[0].tolist()
@@ -112,7 +113,7 @@ def test_a_step_that_runs_twice_picks_the_same(text: str):
 
     two.pick = again
     block = None if "window" in text else 4
-    found, expected = (uncached(MODELS[0], u, RAGGED, GEN, block)[0] for u in (two, one))
+    found, expected = (uncached(SHALLOW[0], u, RAGGED, GEN, block)[0] for u in (two, one))
     assert [commits(found, b) for b in range(4)] == [commits(expected, b) for b in range(4)]
 
 
@@ -122,7 +123,7 @@ def test_a_pass_can_be_recorded_and_replayed(text: str):
 
     def run(executor):
         state = State(SPEC, RAGGED, GEN, block)
-        engine = Engine(MODELS[0], make_policy("none"), make(text, SAMPLINGS[1]), executor=executor, buckets=(8, 64))
+        engine = Engine(SHALLOW[0], make_policy("none"), make(text, SAMPLINGS[1]), executor=executor, buckets=(8, 64))
         return [step.commit.tolist() for step in decode(engine, state)]
 
     assert run(Recorder()) == run(None)
@@ -131,7 +132,7 @@ def test_a_pass_can_be_recorded_and_replayed(text: str):
 @pytest.mark.parametrize("text", EVERY)
 def test_a_second_batch_knows_nothing_of_the_first(text: str):
     unmasker = make(text, SAMPLINGS[0])
-    engine = Engine(MODELS[0], make_policy("none"), unmasker)
+    engine = Engine(SHALLOW[0], make_policy("none"), unmasker)
     block = None if "window" in text else 4
     runs = [decode(engine, State(SPEC, RAGGED, GEN, block)) for _ in range(2)]
     assert [commits(runs[0], b) for b in range(4)] == [commits(runs[1], b) for b in range(4)]
@@ -142,7 +143,7 @@ def test_a_second_batch_knows_nothing_of_the_first(text: str):
 def test_the_linear_schedule_is_dreams(kind, n: int, steps: int):
     """floor(masked * (1 - s / t)) in float32, the last step all; idle steps are made if asked for."""
     keep = Sampling(after_end="decode")
-    trace, _ = uncached(MODELS[0], kind(schedule="linear", steps=steps, idle_steps=True, sampling=keep), [[1, 2]], n)
+    trace, _ = uncached(SHALLOW[0], kind(schedule="linear", steps=steps, idle_steps=True, sampling=keep), [[1, 2]], n)
     masked, expected = n, []
     for i in range(steps):
         t = torch.linspace(1, 1e-3, steps + 1)
@@ -152,7 +153,7 @@ def test_the_linear_schedule_is_dreams(kind, n: int, steps: int):
         if not masked:
             break
     assert counts(trace) == expected
-    trace, _ = uncached(MODELS[0], kind(schedule="linear", steps=steps, sampling=keep), [[1, 2]], n)
+    trace, _ = uncached(SHALLOW[0], kind(schedule="linear", steps=steps, sampling=keep), [[1, 2]], n)
     assert min(counts(trace)) >= 1
     assert sum(counts(trace)) == n
 
@@ -160,7 +161,7 @@ def test_the_linear_schedule_is_dreams(kind, n: int, steps: int):
 def test_the_published_examples_of_the_linear_schedule():
     def made(gen: int, steps: int) -> list[int]:
         unmasker = LowConfidence(schedule="linear", steps=steps, idle_steps=True, sampling=Sampling(after_end="decode"))
-        return counts(uncached(MODELS[0], unmasker, [[1]], gen)[0])
+        return counts(uncached(SHALLOW[0], unmasker, [[1]], gen)[0])
 
     assert made(32, 32) == [0, *[1] * 30, 2]
     assert made(32, 16) == [1, *[2] * 14, 3]
@@ -186,7 +187,7 @@ def test_a_random_order_announces_what_it_commits_and_keeps_to_the_order(seed: i
 
     seen = []
     keep = Sampling(seed=seed, after_end="decode")
-    trace, _ = uncached(MODELS[0], Watching(tokens_per_step=tokens, sampling=keep), RAGGED, GEN, 4)
+    trace, _ = uncached(SHALLOW[0], Watching(tokens_per_step=tokens, sampling=keep), RAGGED, GEN, 4)
     for step, (window, _) in zip(trace, seen, strict=True):
         assert np.array_equal(step.commit, window)
     for b, start in enumerate(len(p) for p in RAGGED):
