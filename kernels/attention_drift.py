@@ -59,8 +59,13 @@ def remember(
         lanes: (batch,) int64, the sequence of `k` that each lane reads; None when they are all of them, in order.
         layers: how many layers the batch is made of, each with the same number of sequences.
     """
-    lse = row_lse(q, k, arguments_of(q, k, visible, lanes)[0], layers=layers) if use_triton(q) else None
+    lse = row_lse(q, k, arguments_of(q, k, visible, lanes)[0], layers=layers) if _by_kernel(q) else None
     return Past(q, lse, kept, rows)
+
+
+def _by_kernel(q: Tensor) -> bool:
+    """Whether kernels run; there is nothing to launch for no rows."""
+    return q.shape[2] > 0 and use_triton(q)
 
 
 def attention_drift_ref(
@@ -119,7 +124,7 @@ def attention_drift_triton(
     else:
         part = torch.empty(batch, n, heads, 3, dtype=torch.float32, device=q.device)
         _rows_kernel[(heads, row_blocks, batch)](**given, part=part)
-    return mean_cosine(part, real, visible, slots, over)
+    return mean_cosine(part, real.contiguous(), visible, slots, over)
 
 
 def attention_drift(
@@ -150,7 +155,7 @@ def attention_drift(
     Returns:
         (batch,) float32 in 0..1; NaN where no row is real.
     """
-    if use_triton(q):
+    if _by_kernel(q):
         return attention_drift_triton(past, q, k, real, visible, lanes, over, lse, layers)
     return attention_drift_ref(past, q, k, real, visible, lanes, over)
 

@@ -6,6 +6,6 @@ cd "$(dirname "$0")/.."
 rm -rf types
 mkdir -p types/dcache
 cd types/dcache
-ln -s ../../dcache/[!_]* ../../dcache/__init__.py ../../policies ../../models ../../kernels .
+ln -s ../../dcache/[!_]* ../../dcache/__init__.py ../../dcache/__main__.py ../../policies ../../models ../../kernels .
 cd ..
 exec "${PYTHON:-python3}" -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p dcache "$@"

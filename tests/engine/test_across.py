@@ -13,6 +13,7 @@ from dcache.engine import Engine, across
 from dcache.engine import layer as layer_module
 from dcache.engine.layer import Layer
 from dcache.errors import PolicyError
+from dcache.kernels import attention_drift
 from dcache.kernels.attend import attend_lse_ref
 from dcache.plugins import make_unmasker
 from dcache.policy import CachePolicy, Plan
@@ -341,9 +342,15 @@ class Drifts(CachePolicy):
 @pytest.mark.parametrize(
     ("visible", "over"), [("all", "heads"), ("mask", "rows"), ("by layer", "heads"), ("all", "flat")]
 )
-@pytest.mark.parametrize("buckets", [(), (8, 64)])
-def test_the_drift_of_all_layers_is_that_of_each(visible: str, over: str, buckets: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("buckets", "kernels"), [((), False), ((8, 64), False), ((8, 64), True)])
+def test_the_drift_of_all_layers_is_that_of_each(
+    visible: str, over: str, buckets: tuple[int, ...], kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels:  # under the interpreter, with lanes and a single sequence too
+        monkeypatch.setattr(attention_drift, "use_triton", lambda q: True)
+        monkeypatch.setattr(layer_module, "finds_lse", lambda *given: True)
     trace = go(Drifts(visible, over), buckets=buckets)
+    assert {len(step.active.nonzero()[0]) for step in trace} == {1, 2, 3}
     for step in trace:
         each, every = step.reports["similarity"][:, step.active], step.reports["similarity*"][:, step.active]
         np.testing.assert_allclose(every, each, atol=1e-6)

@@ -54,8 +54,9 @@ def build(shape: tuple[int, ...], device: str, hidden: bool, lanes: bool, dtype:
     rows[0, -1] = slots  # padding
     each = rows.repeat(layers, 1)[:, None, :, None].expand(batch, kv_heads, written, head_dim)
     k["now"] = k["then"].scatter(2, each, normal(batch, kv_heads, written, head_dim))
-    real = uniform(batch, n) > 0.4
+    real = uniform(sequences, n) > 0.4
     real[:, 0] = True
+    real = real.expand(layers, sequences, n).flatten(0, 1)  # of one sequence without a step from layer to layer
     visible = None
     if hidden:
         visible = uniform(batch, kv_heads, slots) > 0.4
@@ -130,7 +131,7 @@ def test_what_is_remembered_before_a_write_is_enough(over: str, device: str, mon
 @pytest.mark.parametrize("over", AXES)
 def test_a_lane_without_a_real_row_is_nan_and_the_others_are_not(over: str, device: str) -> None:
     scene = build(SHAPES["few rows"], device, hidden=True, lanes=True)
-    scene.real[0] = False
+    scene.real[0] = False  # of a single layer
     found = ops.attention_drift_triton(*scene[:6], over, scene.lse, scene.layers)
     assert found.isnan().tolist() == [True, False]
 
