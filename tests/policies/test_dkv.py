@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import dcache
@@ -19,7 +19,6 @@ from dcache.testing.runs import Canvas, Run
 from dcache.unmasking.confidence import LowConfidence, Threshold
 from dcache.unmasking.order import RandomOrder
 
-the_kit_too = settings(max_examples=10)  # tests/test_properties.py claims the same, on other canvases
 canvases = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 2),
@@ -75,19 +74,16 @@ def assert_equals_no_cache(canvas: dict[str, Any], knobs: dict[str, Any], n_laye
 # -- exact configurations ---------------------------------------------------------------------------------------------
 
 
-@the_kit_too
 @given(canvas=canvases, variant=st.sampled_from(["decode", "greedy"]))
 def test_a_refresh_in_every_step_equals_no_cache(canvas: dict[str, Any], variant: str) -> None:
     assert_equals_no_cache(canvas, {"variant": variant, "interval": 1})
 
 
-@the_kit_too
 @given(canvas=canvases, interval=st.integers(1, 9))
 def test_two_steps_per_block_equal_no_cache(canvas: dict[str, Any], interval: int) -> None:
     assert_equals_no_cache(canvas | {"shift": 0, "block": 4, "per_step": 2}, {"interval": interval})
 
 
-@the_kit_too
 @given(canvas=canvases, knobs=knobs)
 def test_one_layer_equals_no_cache_unless_rows_are_cached_before_their_token_is_known(
     canvas: dict[str, Any], knobs: dict[str, Any]
@@ -246,7 +242,6 @@ def test_neighbours_are_searched_left_and_right_in_turn(data: st.DataObject, tot
 # -- batches, rows put back, refusals ---------------------------------------------------------------------------------
 
 
-@the_kit_too
 @given(canvas=canvases, knobs=knobs)
 def test_a_batch_decodes_each_sequence_as_if_it_were_alone(canvas: dict[str, Any], knobs: dict[str, Any]) -> None:
     together = decoded(canvas, DKVCache(**knobs), unmasker_of(canvas, knobs))

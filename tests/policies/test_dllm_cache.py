@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dcache import CachePolicy, State
@@ -20,7 +20,6 @@ from dcache.testing.runs import Run, same_decisions
 from dcache.trace import Step
 from dcache.unmasking.confidence import LowConfidence
 
-the_kit_too = settings(max_examples=10)  # tests/test_properties.py claims the same, on other canvases
 MODEL = random_model(0, n_layers=4)
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 GEN = 12
@@ -80,7 +79,6 @@ def usual() -> tuple[list[Step], Stored]:
     return go(DLLMCache(prompt_interval=3, gen_interval=4, transfer_ratio=0.3))
 
 
-@the_kit_too
 @given(intervals, intervals, ratios, canvases)
 def test_one_layer_is_plain_decoding(prompt: int, gen: int, ratio: float, canvas: Canvas) -> None:
     one = Canvas(**{**vars(canvas), "n_layers": 1})
@@ -92,7 +90,6 @@ def test_a_ratio_of_one_is_a_refresh_of_the_response_in_every_step(prompt: int, 
     same_runs(dllm(prompt, gen, 1.0), dllm(prompt, 1, 0.25), canvas)
 
 
-@the_kit_too
 @given(intervals, canvases)
 def test_a_ratio_of_one_with_a_fresh_prompt_is_plain_decoding(gen: int, canvas: Canvas) -> None:
     same_runs(dllm(1, gen, 1.0), "none", canvas)
@@ -209,7 +206,6 @@ def test_the_first_layer_is_always_exact_unless_it_is_scheduled() -> None:
     assert [s.refresh[0] for s in always] == [True] + [False] * (GEN - 1)  # although layer 0 computes every row
 
 
-@the_kit_too
 @given(intervals, intervals, ratios, canvases, st.sampled_from(["always", "scheduled"]))
 def test_a_ragged_batch_computes_what_single_runs_compute(
     prompt: int, gen: int, ratio: float, canvas: Canvas, first: str

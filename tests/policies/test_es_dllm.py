@@ -19,7 +19,6 @@ from dcache.testing.runs import Canvas, Run, refusal, unmaskers
 from dcache.testing.unmaskers import Remasking
 from dcache.unmasking.confidence import LowConfidence, Threshold
 
-the_kit_too = settings(max_examples=10)  # tests/test_properties.py claims the same, on other canvases
 ALL = Sampling(after_end="decode")
 MASK = 31
 
@@ -61,7 +60,6 @@ def assert_same_commits(a: Run, b: Run) -> None:
 # -- what it must equal -----------------------------------------------------------------------------------------------
 
 
-@the_kit_too
 @given(canvas=canvases, empty=st.sampled_from([{"first": None, "second": None}, {"share": 1.0}]))
 def test_without_a_skip_it_is_the_dual_cache(canvas: dict[str, Any], empty: dict[str, Any]) -> None:
     run, dual = (decoded(canvas, policy) for policy in (ESDLLM(**empty), FastDLLM()))
@@ -71,7 +69,6 @@ def test_without_a_skip_it_is_the_dual_cache(canvas: dict[str, Any], empty: dict
     ]
 
 
-@the_kit_too
 @given(canvas=canvases)
 def test_a_full_pass_in_every_step_equals_no_cache(canvas: dict[str, Any]) -> None:
     assert_same_commits(decoded(canvas, ESDLLM(refresh_every=1)), decoded(canvas, NoCache()))
@@ -219,7 +216,6 @@ def test_a_row_put_back_is_decoded_again(canvas: dict[str, Any], knobs: dict[str
 # -- batches, refusals ------------------------------------------------------------------------------------------------
 
 
-@the_kit_too
 @given(canvas=canvases, knobs=knobs, threshold=st.sampled_from([0.3, 0.6]), buckets=st.sampled_from([(), (8, 64)]))
 def test_a_batch_decodes_each_sequence_as_if_it_were_alone(
     canvas: dict[str, Any], knobs: dict[str, Any], threshold: float, buckets: tuple[int, ...]

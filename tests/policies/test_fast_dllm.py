@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import dcache
@@ -16,7 +16,6 @@ from dcache.testing.models import random_model
 from dcache.testing.runs import Canvas, Run
 from dcache.unmasking.confidence import LowConfidence, Threshold
 
-the_kit_too = settings(max_examples=10)  # tests/test_properties.py claims the same, on other canvases
 ALL = Sampling(after_end="decode")
 
 canvases = st.fixed_dictionaries(
@@ -55,7 +54,6 @@ def assert_same_commits(a: Run, b: Run) -> None:
 # -- exact configurations ---------------------------------------------------------------------------------------------
 
 
-@the_kit_too
 @given(canvas=canvases, mode=modes, threshold=thresholds)
 def test_one_layer_equals_no_cache(canvas: dict[str, Any], mode: str, threshold: float) -> None:
     canvas = canvas | {"shift": 0}
@@ -69,7 +67,6 @@ def test_two_layers_do_not() -> None:
     assert runs[0].commits() != runs[1].commits()
 
 
-@the_kit_too
 @given(canvas=canvases, mode=modes)
 def test_a_refresh_in_every_step_equals_no_cache(canvas: dict[str, Any], mode: str) -> None:
     run = decoded(canvas, FastDLLM(mode=mode, interval=1), LowConfidence(sampling=ALL))
@@ -174,7 +171,6 @@ def test_in_a_sliding_window_the_prompt_alone_is_reused() -> None:
 # -- batches, rows put back, refusals ---------------------------------------------------------------------------------
 
 
-@the_kit_too
 @given(canvas=canvases, mode=modes, threshold=thresholds, after_end=st.sampled_from(["decode", "drop"]))
 def test_a_batch_decodes_each_sequence_as_if_it_were_alone(
     canvas: dict[str, Any], mode: str, threshold: float, after_end: str

@@ -2,7 +2,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dcache import CachePolicy, Sampling, Unmasker
@@ -13,7 +13,6 @@ from dcache.testing.runs import Canvas, Run
 from dcache.testing.unmaskers import Remasking
 from dcache.unmasking.confidence import LowConfidence, Threshold
 
-the_kit_too = settings(max_examples=10)  # tests/test_properties.py claims the same, on other canvases
 ALL = Sampling(after_end="decode")
 
 canvases = st.fixed_dictionaries(
@@ -80,13 +79,11 @@ def test_rows_are_those_from_the_first_unfrozen_block_on(
             masked -= set(commits)
 
 
-@the_kit_too
 @given(canvas=canvases)
 def test_a_refresh_in_every_step_equals_no_cache(canvas: dict[str, Any]) -> None:
     assert_same_commits(decoded(canvas, FreeCache(refresh_every=1, block_length=2)), decoded(canvas, NoCache()))
 
 
-@the_kit_too
 @given(canvas=canvases)
 def test_one_block_and_no_frozen_prompt_equal_no_cache(canvas: dict[str, Any]) -> None:
     run = decoded(canvas, FreeCache(freeze_prompt=False, block_length=12))
@@ -118,7 +115,6 @@ def test_rows_put_back_thaw_their_block(canvas: dict[str, Any], own: int | None,
             assert not (step.remask[b] & ~following.rows[b]).any()
 
 
-@the_kit_too
 @given(canvas=canvases, own=own_blocks, delay=delays, threshold=st.sampled_from([0.2, 0.5, 0.9]))
 def test_a_batch_decodes_each_sequence_as_if_it_were_alone(
     canvas: dict[str, Any], own: int | None, delay: int, threshold: float

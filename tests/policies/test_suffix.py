@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import dcache
@@ -17,7 +17,6 @@ from dcache.testing.runs import Canvas, Run
 from dcache.testing.unmaskers import Remasking
 from dcache.unmasking.confidence import LowConfidence, Threshold
 
-the_kit_too = settings(max_examples=10)  # tests/test_properties.py claims the same, on other canvases
 ALL = Sampling(after_end="decode")
 
 canvases = st.fixed_dictionaries(
@@ -82,7 +81,6 @@ def test_a_sliding_window_takes_the_place_of_the_block() -> None:
         masked -= set(commits)
 
 
-@the_kit_too
 @given(canvas=canvases, inner=inners, decay=st.sampled_from([None, "gauss"]))
 def test_a_window_of_the_generation_is_the_inner_policy(canvas: dict[str, Any], inner: str, decay: str | None) -> None:
     run = decoded(canvas, Suffix(inner, window=12, decay=decay))
@@ -151,7 +149,6 @@ def test_refreshes_of_the_inner_policy_pass_through_the_filter() -> None:
     assert refreshes > 4
 
 
-@the_kit_too
 @given(canvas=canvases, inner=inners, window=st.integers(0, 3), decay=st.sampled_from([None, "gauss"]))
 def test_a_batch_decodes_each_sequence_as_if_it_were_alone(
     canvas: dict[str, Any], inner: str, window: int, decay: str | None
