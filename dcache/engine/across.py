@@ -145,9 +145,8 @@ class Across:
         """Log-sum-exps (layers * batch, heads, n) of rows `of`, if every layer found those of the rows of the pass."""
         if of is None or not self._known:
             return None
-        lse = torch.stack(
-            [self._boards.found[layer][1] for layer in range(self.n_layers)]
-        )  # (layers, batch, heads, rows)
+        found = self._boards.found
+        lse = torch.stack([found[layer][1] for layer in range(self.n_layers)])  # (layers, batch, heads, rows)
         if of is self._at.now.rows:
             return lse.flatten(0, 1)
         place = find(self._at.now.rows, of)[:, None].expand(*lse.shape[:-1], -1)
