@@ -154,10 +154,10 @@ def test_every_unmasker_commits_on_a_gpu_what_it_does_on_a_cpu(unmask: str, samp
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_pass_has_no_sync_but_its_download(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch refuses synchronising calls while a pass runs, but for the one download that ends it."""
+def test_a_pass_has_no_sync_but_its_wait(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses synchronising calls while a pass runs, but for the one wait that ends it."""
     warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-    inner, download, calls = Engine._run, Packet.download, {"passes": 0, "downloads": 0}
+    inner, wait, calls = Engine._run, Packet.wait, {"passes": 0, "waits": 0}
 
     def strict(self: Engine, *args: Any, **more: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")
@@ -167,16 +167,16 @@ def test_a_pass_has_no_sync_but_its_download(policy: str, monkeypatch: pytest.Mo
             torch.cuda.set_sync_debug_mode("default")
             calls["passes"] += 1
 
-    def waiting(self: Packet, *meanwhile: Any) -> None:
+    def waiting(self: Packet) -> None:
         torch.cuda.set_sync_debug_mode("default")
-        download(self, *meanwhile)
-        calls["downloads"] += 1
+        wait(self)
+        calls["waits"] += 1
 
     monkeypatch.setattr(Engine, "_run", strict)
-    monkeypatch.setattr(Packet, "download", waiting)
+    monkeypatch.setattr(Packet, "wait", waiting)
     go("cuda", policy, unmask="wino(wide_in=0.3)", debug=False, graphs=False)  # shadow rows included
     go("cuda", policy, unmask="klass", shift=1, debug=False, graphs=False)
-    assert calls["passes"] == calls["downloads"] > 0
+    assert calls["passes"] == calls["waits"] > 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)

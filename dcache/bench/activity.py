@@ -27,7 +27,6 @@ SYNCS = (
     *("cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize"),
 )
 
-UPLOAD = "HtoD"  # in the name of a copy from the host
 OTHER = "rest"
 OURS = {  # by file of `dcache.kernels`
     "attend": "attention",
@@ -192,11 +191,8 @@ def gaps(steps: Sequence[Step]) -> Gaps | None:
 
 
 def _clip(work: Sequence[Span], begin: float, end: float) -> list[Span]:
-    """The work of a pass; its upload belongs to the host's part, since the graph is launched after it."""
-    inside = [span for span in work if begin <= span.begin < end]
-    while inside and UPLOAD in inside[0].name:
-        inside = inside[1:]
-    return inside
+    """The work that begins in a pass."""
+    return [span for span in work if begin <= span.begin < end]
 
 
 def _gaps_in(work: Sequence[Span], span: Span) -> Iterator[float]:

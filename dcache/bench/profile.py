@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dcache.bench.activity import DECODE, FIRST_PASS, SECOND_PASS, Step, steps_of
 from dcache.decode import decode
 from dcache.engine import Engine
-from dcache.engine.packet import Packet
+from dcache.engine.graphs import Graphs
 from dcache.errors import UsageError
 from dcache.state import State
 
@@ -52,11 +52,11 @@ def profiled_steps(engine: Engine, state: Callable[[], State]) -> list[Step]:
 
 
 class Idle(NamedTuple):
-    """Share of the time from one pass to the next in which the device waits for the host.
+    """Share of the time from the launch of one pass to that of the next in which the device ran none.
 
     Attributes:
         median: of all passes.
-        mean: all waits over all time; one long pause of the host shows here.
+        mean: all such time over all time; one long pause of the host shows here.
     """
 
     median: float
@@ -64,56 +64,82 @@ class Idle(NamedTuple):
 
 
 def idle_share(engine: Engine, state: Callable[[], State], limit: int | None = None) -> Idle | None:
-    """How long the device waits for the host between two passes of a decode, by events; None of one pass.
+    """How long the device waits for the host between the passes of a decode; None of one pass, or without graphs.
 
-    From the end of the download of one pass to the upload of the next, the first passes left out. No profile may have
-    been made in the process before: it would slow the host here too.
+    The passes are recorded once more, with an event at either end: from the upload to the download. The first ones are
+    left out. No profile may have been made in the process before: it would slow the host here too.
 
     Args:
-        engine: on a GPU, after decodes that made every graph.
+        engine: on a GPU, after decodes that prepared every pass.
         state: makes a fresh canvas.
-        limit: steps of those decodes, None for all; later ones may need other graphs.
+        limit: steps of those decodes, None for all; later ones may need other passes.
     """
-    with _timed_passes() as passes:
-        decode(engine, state(), TIMED if limit is None else min(limit, TIMED))
-    torch.cuda.synchronize(engine.model.device)
-    passes = passes[SKIPPED:]
-    if len(passes) < 2:
+    if not engine.graphs:
         return None
-    waits = [a[1].elapsed_time(b[0]) for a, b in pairwise(passes)]
-    whole = [a[0].elapsed_time(b[0]) for a, b in pairwise(passes)]
-    return Idle(median(wait / all_ for wait, all_ in zip(waits, whole, strict=True)), sum(waits) / sum(whole))
-
-
-@contextmanager
-def _timed_passes() -> Iterator[list[list[torch.cuda.Event]]]:
-    """Within it every pass leaves an event before its upload and one behind its download."""
-    found: list[list[torch.cuda.Event]] = []
-    upload, download = Packet.upload, Packet.download
-
-    def note() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it so
-        event.record()
-        return event
-
-    def uploading(packet: Packet) -> None:
-        found.append([note()])
-        upload(packet)
-
-    def downloading(packet: Packet, meanwhile: Callable[[], None] = lambda: None) -> None:
-        def after_the_copy() -> None:
-            found[-1].append(note())
-            meanwhile()
-
-        download(packet, after_the_copy)
-
+    steps = TIMED if limit is None else min(limit, TIMED)
+    own, engine.executor = engine.executor, (timed := TimedGraphs(engine.model.device))
     try:
-        setattr(Packet, "upload", uploading)  # noqa: B010 - a method, as mypy sees it
-        setattr(Packet, "download", downloading)  # noqa: B010
-        yield found
+        for _ in range(2):  # the first records
+            timed.restart()
+            decode(engine, state(), steps)
     finally:
-        setattr(Packet, "upload", upload)  # noqa: B010
-        setattr(Packet, "download", download)  # noqa: B010
+        engine.executor = own
+    return idle_of(timed.launches[SKIPPED:], timed.busy[SKIPPED:])
+
+
+def idle_of(launches: Sequence[float], busy: Sequence[float]) -> Idle | None:
+    """The idle share of passes.
+
+    Args:
+        launches: when the host launched each pass, seconds.
+        busy: how long the device ran each, seconds; that of the last one may be missing.
+    """
+    if len(launches) < 2:
+        return None
+    whole = np.diff(launches)
+    waits = whole - busy[: len(whole)]
+    return Idle(float(np.median(waits / whole)), float(waits.sum() / whole.sum()))
+
+
+class TimedGraphs(Graphs):
+    """Graphs that know how long the device ran each replay.
+
+    Attributes:
+        launches: when each was launched, seconds.
+        busy: how long each ran, seconds, but for the last.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self._ends: dict[Hashable, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the times."""
+        self.launches: list[float] = []
+        self.busy: list[float] = []
+        self._latest: Hashable | None = None
+
+    def record(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Record `work` between two events."""
+        begin, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
+
+        def timed() -> None:
+            begin.record()
+            work()
+            end.record()
+
+        super().record(key, timed)
+        self._ends[key] = begin, end
+
+    def __call__(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Replay, and read the events of the replay before, which has ended: this one may overwrite them."""
+        if self._latest is not None:
+            begin, end = self._ends[self._latest]
+            self.busy.append(begin.elapsed_time(end) / 1e3)
+        self._latest = key
+        self.launches.append(perf_counter())
+        super().__call__(key, work)
 
 
 def _profiler() -> profile:

@@ -92,10 +92,19 @@ class Eager:
 
 @dataclass
 class Prepared:
-    """The buffers of one kind of pass and shape."""
+    """The buffers of one kind of pass and shape.
+
+    Attributes:
+        inputs: what the pass reads.
+        current: their device side, as layers see it.
+        shown: keys that the plan shows by a mask on the device, of all sequences, (batch, 1, slots) or (layers, batch,
+            1 or kv_heads, slots) bool; None where it has no such mask.
+        outputs: what the pass found; None before its first run.
+    """
 
     inputs: Packet
     current: Pass
+    shown: Tensor | None = None
     outputs: Packet | None = None
 
 
@@ -183,6 +192,11 @@ def within_memory(method: Callable[Concatenate[Engine, P], T]) -> Callable[Conca
         raise MemoryLimitError(does_not_fit(engine.sizes, engine.model.device, room_on(engine.model)))
 
     return checked
+
+
+def _with_heads(visible: Tensor) -> Tensor:
+    """A mask of visible keys with its axis of heads: (batch, 1, slots) of (batch, slots), else as it is."""
+    return visible[:, None] if visible.dim() == 2 else visible
 
 
 class Engine:
@@ -382,32 +396,32 @@ class Engine:
             prepared = self._prepared[key] = self._prepare(plan, arrays)
         for name, value in arrays.items():
             prepared.inputs.host[name][...] = value
-        prepared.inputs.upload()
-        if isinstance(plan.visible, Tensor):  # it is on the device already; after the upload, which covers its place
-            shown = plan.visible[:, None] if plan.visible.dim() == 2 else plan.visible
-            lanes = prepared.current.lanes
-            shown = shown.index_select(shown.dim() - 3, lanes)
-            prepared.inputs.device["visible"].copy_(shown & self._valid.index_select(0, lanes))
+        if isinstance(plan.visible, Tensor):  # it is on the device already
+            assert prepared.shown is not None
+            prepared.shown.copy_(_with_heads(plan.visible) & self._valid)
         if prepared.outputs is None:
             self._inspect = self.debug  # values may be read in this eager run, never in a recorded one
+            prepared.inputs.upload()
             results = self._forward(prepared, second)
             self._inspect = False
             prepared.outputs = Packet(fields_of(results), self.model.device)
-            self._deliver(prepared, results)
+            self._deliver(prepared.outputs, results)
         else:
             if not self.executor.ready(key):
                 began = perf_counter()
-                self.executor.record(key, lambda: self._deliver(prepared, self._forward(prepared, second)))
+                self.executor.record(key, lambda: self._pass(prepared, second))
                 self.recording += perf_counter() - began
-            self.executor(key, lambda: self._deliver(prepared, self._forward(prepared, second)))
-        landing: list[Landing] = []
+            self.executor(key, lambda: self._pass(prepared, second))
+        landing = self._landing(arrays, before)  # while it runs
+        self._while_it_runs(plan, ask, second)
+        prepared.outputs.wait()
+        return self._seen(prepared, arrays, before, landing)
 
-        def while_it_runs() -> None:
-            landing.append(self._landing(arrays, before))
-            self._while_it_runs(plan, ask, second)
-
-        prepared.outputs.download(while_it_runs)
-        return self._seen(prepared, arrays, before, *landing)
+    def _pass(self, prepared: Prepared, second: bool) -> None:
+        """All the device work of a pass whose buffers are there, from the inputs on the host to the results there."""
+        assert prepared.outputs is not None
+        prepared.inputs.upload()
+        self._deliver(prepared.outputs, self._forward(prepared, second))
 
     def _while_it_runs(self, plan: Plan, ask: Ask, second: bool) -> None:
         """Checks whose failure stops the run before anybody reads a result, and what earlier steps put off."""
@@ -431,10 +445,6 @@ class Engine:
     def _prepare(self, plan: Plan, arrays: dict[str, np.ndarray]) -> Prepared:
         fields = [(name, tuple(value.shape), value.dtype) for name, value in arrays.items()]
         n_lanes = len(arrays["lanes"])
-        if isinstance(plan.visible, Tensor):
-            shape = tuple(plan.visible.shape)
-            *layers, _, heads, slots = shape if len(shape) == 4 else (shape[0], 1, shape[1])
-            fields.append(("visible", (*layers, n_lanes, heads, slots), np.dtype(np.bool_)))
         packet = Packet(fields, self.model.device)
         side = packet.device
         current = Pass(
@@ -452,7 +462,8 @@ class Engine:
             visible=side.get("visible"),
             books=Books({}),
         )
-        return Prepared(packet, current)
+        shown = torch.empty_like(_with_heads(plan.visible)) if isinstance(plan.visible, Tensor) else None
+        return Prepared(packet, current, shown)
 
     # -- the pass: device work on static buffers ------------------------------------------------------------------
 
@@ -461,6 +472,8 @@ class Engine:
         current, side = prepared.current, prepared.inputs.device
         current.books.planned = {name: [0] * len(self.layers) for name in ("rows", "kv_rows")}
         current.books.on_device, current.books.reports = False, []
+        if (shown := prepared.shown) is not None:
+            current.visible = shown if current.whole else shown.index_select(shown.dim() - 3, current.lanes)
         current.keys = None if current.visible is None else visible_keys(current.visible)
         if not second:
             self.have.zero_()
@@ -578,10 +591,11 @@ class Engine:
         return self.model.logits(h)
 
     @staticmethod
-    def _deliver(prepared: Prepared, results: dict[str, Tensor]) -> None:
-        assert prepared.outputs is not None
+    def _deliver(outputs: Packet, results: dict[str, Tensor]) -> None:
+        """Put the results into their block, and bring it to the host."""
         for name, x in results.items():
-            prepared.outputs.device[name].copy_(x)
+            outputs.device[name].copy_(x)
+        outputs.download()
 
     # -- device to host -------------------------------------------------------------------------------------------
 

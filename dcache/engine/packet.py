@@ -1,11 +1,12 @@
 """Many small arrays in one transfer.
 
-A packet is a block of bytes that exists on the host and on the device, with the same named views on both sides. The
-inputs of a pass go up in one copy and its results come down in one: the single sync of a pass. On the CPU both sides
-are the same memory and nothing moves.
+A packet is a block of bytes that exists on the host and on the device, with the same named views on both sides.
+Inputs go up in one copy, the first work of a pass on the device; results come down in one, the last; then the host
+waits, once. In a recording both copies are part of it, and take no call of their own. On the CPU both sides are the
+same memory and nothing moves.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -56,15 +57,17 @@ class Packet:
             self.device[name] = self._far[begin : begin + size].view(TORCH[kind]).reshape(shape)
 
     def upload(self) -> None:
-        """Send the host side; asynchronous."""
+        """Send the host side; asynchronous, so it must not change before `wait`."""
         if self.on_device:
             self._far.copy_(self._near, non_blocking=True)
 
-    def download(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Bring the device side and wait for it; `meanwhile` is what the host has to do until then."""
+    def download(self) -> None:
+        """Bring the device side; asynchronous, so it is there after `wait`."""
         if self.on_device:
             self._near.copy_(self._far, non_blocking=True)
-        meanwhile()
+
+    def wait(self) -> None:
+        """Wait for all that was launched: the single sync of a pass."""
         if self.on_device:
             torch.cuda.current_stream(self._far.device).synchronize()
 

@@ -81,7 +81,7 @@ class Watch:
     def __init__(self, run: Run):
         self.run, self.faults, self.kept = run, defaultdict[str, list[str]](list), 0
         self.embedded: list[np.ndarray] = []
-        self.downloads = 0
+        self.waits = 0
         self._reads, self._attention = HostReads(), Attention()
         self._layer = run.policy.layer
         self._here: list[tuple[str, Tensor]] = []  # stores and rows written in the layer that runs
@@ -134,7 +134,7 @@ class Watch:
         """Count at the doors of the engine's classes."""
         originals = {name: getattr(Layer, name) for name in ("attend", "write", "shadow", "refresh")}
         attend, write, shadow, refresh = originals.values()
-        download = Packet.download
+        wait = Packet.wait
 
         def attending(at: Layer, rows: Tensor, q: Tensor) -> Tensor:
             real = self._count("rows", at, rows)
@@ -168,20 +168,20 @@ class Watch:
                 self._count(name, at, rows)
             return cast(Tensor, shadow(at, rows, h))
 
-        def downloading(packet: Packet, meanwhile: Callable[[], None] = lambda: None) -> None:
-            self.downloads += 1
-            download(packet, meanwhile)
+        def waiting(packet: Packet) -> None:
+            self.waits += 1
+            wait(packet)
 
         hooks = {"attend": attending, "write": writing, "shadow": shadowing, "refresh": refreshing}
         try:
             for name, hook in hooks.items():
                 setattr(Layer, name, hook)
-            setattr(Packet, "download", downloading)  # noqa: B010 - a method, as mypy sees it
+            setattr(Packet, "wait", waiting)  # noqa: B010 - a method, as mypy sees it
             yield
         finally:
             for name, original in originals.items():
                 setattr(Layer, name, original)
-            setattr(Packet, "download", download)  # noqa: B010
+            setattr(Packet, "wait", wait)  # noqa: B010
 
     def _on_host(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any) -> Any:
@@ -212,11 +212,11 @@ class Watch:
         before = {name: engine.stores.spread(name) for name in "KV"}
         self._written = self._blank()
         self._attended = np.zeros(self._shape, dtype=bool)
-        self.downloads = 0
+        self.waits = 0
         seen = call()
         engine.catch_up()
-        if self.downloads != 1:
-            self.note("syncs", f"{self._step_text}: the pass brought results to the host {self.downloads} times, not 1")
+        if self.waits != 1:
+            self.note("syncs", f"{self._step_text}: the pass waited for the device {self.waits} times, not once")
         rows = plan.row_mask & state.valid & state.active[:, None]
         for name, layers in before.items():
             for index, (old, new) in enumerate(zip(layers, engine.stores.spread(name), strict=True)):

@@ -1,6 +1,5 @@
 """Whole policies: the arithmetic on steps written by hand, and how a run that fails is told."""
 
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,33 +187,34 @@ def test_a_line_without_times_is_not_profiled(monkeypatch):
 
 
 @pytest.mark.parametrize(("limit", "steps"), [(None, 66), (8, 8), (224, 66)])
-def test_an_idle_share_is_of_steps_that_were_decoded_before_and_there_may_be_none(monkeypatch, limit, steps):
+def test_an_idle_share_is_of_steps_that_were_decoded_before_and_the_recordings_stay(monkeypatch, limit, steps):
+    class Timed(SimpleNamespace):
+        def restart(self):
+            self.launches, self.busy = [], []
+
+    def decode(engine, state, limit):
+        asked.append(limit)
+        engine.executor.launches += [float(i) for i in range(limit)]
+        engine.executor.busy += [0.75] * (limit - 1)
+
     asked = []
-    monkeypatch.setattr(profiling, "decode", lambda engine, state, limit: asked.append(limit))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    engine = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")))
-    assert profiling.idle_share(engine, lambda: None, limit) is None
-    assert asked == [steps]
+    monkeypatch.setattr(profiling, "TimedGraphs", lambda device: Timed())
+    monkeypatch.setattr(profiling, "decode", decode)
+    engine = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), graphs=True, executor="own")
+    assert profiling.idle_share(engine, lambda: None, limit) == (0.25, 0.25)
+    assert asked == [steps, steps]  # once to record
+    assert engine.executor == "own"
 
 
-def test_one_pause_of_the_host_shows_in_the_mean_of_idle_shares_alone(monkeypatch):
-    class Event(SimpleNamespace):
-        def elapsed_time(self, other):
-            return other.ms - self.ms
+def test_without_graphs_or_of_one_pass_there_is_no_idle_share():
+    assert profiling.idle_share(SimpleNamespace(graphs=False), lambda: None) is None
+    assert profiling.idle_of([1.0], []) is None
 
-    passes = [[Event(ms=begin), Event(ms=begin + 8)] for begin in (0, 10, 20, 30, 70, 80)]  # 10 each, and a pause of 30
 
-    @contextmanager
-    def timed_passes():
-        yield passes
-
-    monkeypatch.setattr(profiling, "_timed_passes", timed_passes)
-    monkeypatch.setattr(profiling, "decode", lambda engine, state, limit: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    engine = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")))
-    share = profiling.idle_share(engine, lambda: None)
+def test_one_pause_of_the_host_shows_in_the_mean_of_idle_shares_alone():
+    share = profiling.idle_of([0, 10, 20, 30, 70, 80], [8] * 5)  # 10 each, and a pause of 30
     assert share.median == pytest.approx(0.2)
-    assert share.mean == pytest.approx((2 + 32 + 2) / 60)
+    assert share.mean == pytest.approx((2 + 2 + 2 + 32 + 2) / 80)
 
 
 def test_passes_are_found_in_a_real_profile():

@@ -1,6 +1,7 @@
 """What of ``dcache bench`` only a GPU can show: ``pytest -m gpu``."""
 
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from dcache.bench.cases import OPS, Draw, Size
 from dcache.bench.e2e import Task, floor_of, profiles, results, tasks
 from dcache.bench.images import requests, stages
 from dcache.bench.kernels import ceilings, measure
+from dcache.bench.profile import TimedGraphs
 from dcache.bench.reports import Ceilings, EndToEndSettings, ImageSettings
+from dcache.decode import decode
+from dcache.engine import Engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,6 +77,26 @@ def test_a_policy_is_timed_split_and_traced() -> None:
     assert 0 < found.gaps.idle < 1
     assert (found.gaps.idle, found.gaps.idle_mean) == timed[0].idle
     assert found.all == timed[0].result.all
+
+
+def test_timed_graphs_tell_how_long_the_device_ran_and_change_no_token() -> None:
+    model = dcache.load_model("tiny-llada", device="cuda")
+    line = Task("elastic(gamma=0.9)", 1, 1, EndToEndSettings(prompt=40, gen=32, block=32))
+    own = Engine(model.transformer, *line.plugins(model.spec))
+    engine = Engine(model.transformer, *line.plugins(model.spec), executor=(timed := TimedGraphs(CUDA)))
+    for _ in range(2):
+        expected = decode(own, line.state(model.spec))
+        found = decode(engine, line.state(model.spec))
+    assert all(
+        (a.commit == b.commit).all() and (a.tokens == b.tokens).all() for a, b in zip(expected, found, strict=True)
+    )
+    timed.restart()
+    began = perf_counter()
+    decode(engine, line.state(model.spec))
+    seconds = perf_counter() - began
+    assert len(timed.launches) == len(timed.busy) + 1 == sum(1 + (step.again is not None) for step in found)
+    assert min(timed.busy) > 0
+    assert sum(timed.busy) < seconds
 
 
 def test_every_policy_is_profiled_on_a_new_engine_whose_passes_are_recorded() -> None:
