@@ -14,7 +14,7 @@ from dcache.state import Moment, Seen
 from dcache.unmasking.base import Update
 
 if TYPE_CHECKING:
-    from dcache.engine.engine import Count
+    from dcache.engine.accounts import Count
 
 
 @dataclass(frozen=True)

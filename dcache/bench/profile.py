@@ -101,6 +101,11 @@ def idle_of(launches: Sequence[float], busy: Sequence[float]) -> Idle | None:
     return Idle(float(np.median(waits / whole)), float(waits.sum() / whole.sum()))
 
 
+def _node() -> torch.cuda.Event:
+    """An event that a recording keeps: every replay records it anew."""
+    return torch.cuda.Event(enable_timing=True, external=True)  # type: ignore[no-untyped-call]  # torch leaves it so
+
+
 class TimedGraphs(Graphs):
     """Graphs that know how long the device ran each replay.
 
@@ -122,7 +127,7 @@ class TimedGraphs(Graphs):
 
     def record(self, key: Hashable, work: Callable[[], None]) -> None:
         """Record `work` between two events."""
-        begin, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
+        begin, end = _node(), _node()
 
         def timed() -> None:
             begin.record()

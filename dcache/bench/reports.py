@@ -175,8 +175,9 @@ class Gaps(Record):
         syncs: host syncs per step, mean and most.
         largest_gap_us: the longest time without work on the device inside a pass, from its first kernel on.
         idle_between: time without work outside that, as a share of all time; a profiler makes a graph slow to launch.
-        idle: share of the time between passes, by events, before any profile, in the median; None where it was not
-            measured.
+        idle: share of the time from the launch of one pass to that of the next in which the device ran none, by events
+            in the recordings, before any profile, in the median; None where it was not measured, and without graphs.
+            Reports of earlier engines leave the upload and the launch out of it.
         idle_mean: the same in the mean, which a pause of the host decides; None in older reports too.
     """
 

@@ -8,7 +8,7 @@ once per key and replayed.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial, wraps
 from time import perf_counter
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcache.arrays import Bools, Ints
+from dcache.arrays import Ints
+from dcache.engine.accounts import Accounts, Count
 from dcache.engine.aside import Aside
 from dcache.engine.checks import Checks
 from dcache.engine.graphs import Graphs
@@ -32,7 +33,6 @@ from dcache.kernels.confidence import all_finite
 from dcache.kernels.rows import put, take
 from dcache.models.transformer import ModelSpec, Transformer
 from dcache.policy import CachePolicy, Plan
-from dcache.regions import NOWHERE, REGIONS
 from dcache.state import Seen, State
 from dcache.unmasking.base import Ask, Asked, Unmasker
 
@@ -106,58 +106,6 @@ class Prepared:
     current: Pass
     shown: Tensor | None = None
     outputs: Packet | None = None
-
-
-@dataclass
-class Count:
-    """What the passes of one step computed.
-
-    Attributes:
-        rows: (layers, batch, regions) int64 row-layers that ran a query, by region: see `dcache.regions`.
-        kv_rows: (layers, batch, regions) int64 row-layers whose K or V were projected.
-        refreshed: (layers, batch, regions) bool: one pass computed every row of the region in the layer; False where
-            the region has no rows.
-        calls: (batch,) int64 forward calls beside the passes, made in `begin` for the first step.
-        passes: 1, or 2 in a reviewed step.
-        maps: "rows" and "kv_rows" to (layers, batch, slots) bool, when asked for.
-    """
-
-    rows: Ints
-    kv_rows: Ints
-    refreshed: Bools
-    calls: Ints
-    passes: int = 0
-    maps: dict[str, Bools] = field(default_factory=dict)
-
-
-class Ahead:
-    """What forward calls in `begin` computed, to be counted with the first step.
-
-    The network calls it, and it does not know the engine: one that did would live on until garbage is collected, and
-    its stores with it.
-
-    Args:
-        shape: layers, sequences, regions.
-    """
-
-    def __init__(self, shape: tuple[int, int, int]):
-        self.shape, self.count = shape, self._nothing(shape)
-
-    @staticmethod
-    def _nothing(shape: tuple[int, int, int]) -> Count:
-        rows, kv_rows = (np.zeros(shape, dtype=np.int64) for _ in range(2))
-        return Count(rows, kv_rows, np.zeros(shape, dtype=np.bool_), np.zeros(shape[1], dtype=np.int64))
-
-    def add(self, b: int, rows: Ints) -> None:
-        """Count a call of so many `rows` (regions,) for sequence `b`; its last layer runs no query."""
-        self.count.rows[:-1, b] += rows
-        self.count.kv_rows[:, b] += rows
-        self.count.calls[b] += 1
-
-    def take(self) -> Count:
-        """The count to which a step adds its own; the next step begins with none."""
-        found, self.count = self.count, self._nothing(self.shape)
-        return found
 
 
 @dataclass(frozen=True)
@@ -268,7 +216,7 @@ class Engine:
     @property
     def count(self) -> Count:
         """What the passes of the latest step computed; complete once `catch_up` has run."""
-        return self._count
+        return self.accounts.count
 
     def later(self, make: Callable[[], T], use: Callable[[T], None]) -> None:
         """Put off ``use(make())``, which no plan depends on, until the device is busy with the next pass."""
@@ -295,8 +243,8 @@ class Engine:
         else:
             self.stores.clear(self.debug)
         self._place_embeddings(state)
-        self._regions = np.pad(state.region, ((0, 0), (0, 1)), constant_values=NOWHERE)  # the dump slot lies nowhere
-        self.boards.regions.copy_(torch.from_numpy(self._regions))
+        self.accounts = Accounts(state, self.maps)
+        self.boards.regions.copy_(torch.from_numpy(self.accounts.regions))
         if state.guided != (self.unmasker.sampling.guidance > 0):
             raise UsageError(
                 f"the unmasker's guidance is {self.unmasker.sampling.guidance}, but the canvas was made with "
@@ -308,8 +256,7 @@ class Engine:
         table = (state.batch, state.slots + 1)  # the last one for the dump slot
         self._unseen: dict[str, np.ndarray] = {name: np.full(table, *blank) for name, blank in UNSEEN.items()}
         self.network.on_preload(self.checks.preloaded)
-        self._ahead = Ahead((len(self.layers), state.batch, len(REGIONS)))
-        self.network.on_alone(self._ahead.add)
+        self.network.on_alone(self.accounts.ahead)
         self.network.asked()
         self.policy.begin(self.network, state)
         self.buffers = self.network.asked()
@@ -427,7 +374,7 @@ class Engine:
         """Checks whose failure stops the run before anybody reads a result, and what earlier steps put off."""
         self.catch_up()
         if not second:
-            self._count = self._ahead.take()
+            self.accounts.next_step()
             self.checks.progress(ask)
         self.checks.keys(plan, ask)
 
@@ -614,8 +561,7 @@ class Engine:
         books = prepared.current.books
         # the results of the next pass may come down before this is read
         found = {name: out[name].copy() for name in books.counted(self.maps)}
-        self.later(lambda: arrays, partial(self._account, self._count, books, found))
-
+        self.later(lambda: arrays, partial(self._account, self.count, books, found))
         return Seen(
             tokens=landing.spread("tokens", out),
             taken=landing.spread("commit", out),
@@ -641,40 +587,12 @@ class Engine:
             reports[name] = table
         return reports
 
-    def _account(self, count: Count, books: Books, out: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:
+    def _account(self, count: Count, books: Books, found: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:
         """Add what a pass computed to the accounts of its step, and note the keys that it wrote."""
-        lanes, state = arrays["lanes"], self.state
         written = wider(self.checks.written)
-        written[lanes[:, None], arrays["rows"]] = True
+        written[arrays["lanes"][:, None], arrays["rows"]] = True
         self.checks.written = written[:, :-1]
-        self._add(count, books, out.get("counted"), arrays)
-        for name in ("rows", "kv_rows") if self.maps else ():
-            seen = count.maps.setdefault(name, np.zeros((len(self.layers), state.batch, state.slots), dtype=bool))
-            seen[:, lanes] |= out[f"map {name}"][:, :, :-1].astype(bool)
-        count.passes += 1
-
-    def _add(self, count: Count, books: Books, counted: np.ndarray | None, arrays: dict[str, np.ndarray]) -> None:
-        """Add the rows of a pass to the accounts of its step: those of the plan, and what the device `counted`."""
-        lanes, layers = arrays["lanes"], np.arange(len(self.layers))[:, None]
-        sizes, n_rows = self.state.region_sizes[lanes], self._by_region(arrays["rows"], lanes)  # (lanes, regions)
-        n_shadows = self._by_region(arrays["shadow"], lanes) if "shadow" in arrays else 0
-        runs = layers >= arrays["start"] if "start" in arrays else np.ones_like(layers, dtype=bool)
-        calls = {name: (np.array(n)[:, None] * runs)[..., None] for name, n in books.planned.items()}
-        count.rows[:, lanes] += calls["rows"] * n_rows + n_shadows
-        count.kv_rows[:, lanes] += calls["kv_rows"] * n_rows + n_shadows
-        whole = (calls["rows"] > 0) & (n_rows == sizes)
-        if counted is not None:
-            rows, kv_rows, repeated = counted  # in the order of `COUNTERS`
-            count.rows[:, lanes] += rows
-            count.kv_rows[:, lanes] += kv_rows
-            whole |= rows - repeated == sizes
-        count.refreshed[:, lanes] |= whole & (sizes > 0)
-
-    def _by_region(self, positions: Ints, lanes: Ints) -> Ints:
-        """(lanes, regions) int64: how many of the positions (lanes, n) lie in each region; padding lies in none."""
-        n, kinds = len(lanes), NOWHERE + 1
-        codes = self._regions[lanes[:, None], positions] + kinds * np.arange(n)[:, None]
-        return np.bincount(codes.ravel(), minlength=n * kinds).reshape(n, kinds)[:, :NOWHERE]
+        self.accounts.add(count, books.planned, found, arrays)
 
     def _blame(self, prepared: Prepared, second: bool, lane: int, lanes: Ints) -> None:
         """Run the pass once more, layer by layer, to name the first layer whose output is not finite."""
