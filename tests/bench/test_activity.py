@@ -84,7 +84,7 @@ def test_syncs_and_gaps_are_those_inside_steps_and_passes(steps):
     found = gaps(steps)
     assert (found.steps, found.second_passes, found.syncs, found.most_syncs) == (2, 1, 1.5, 2)
     assert found.largest_gap_us == 40
-    idle = (200 - 100) + (1100 - 840) + (1200 - 1100) + (2100 - 1850) + (3100 - 2900)
+    idle = (230 - 100) + (1100 - 840) + (1200 - 1100) + (2100 - 1850) + (3100 - 2900)
     assert found.idle_between == pytest.approx(idle / 3000, abs=1e-5)
 
 
