@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from dcache.policies.none import NoCache
 from dcache.testing.golden import METHODS, cases
 from dcache.testing.golden.loop import NoCacheCase
 from dcache.testing.golden.noise import ReplayedDream, ReplayedLLaDA
+from dcache.testing.golden.spa import InStep
 from dcache.testing.golden.unmaskers import recorded_unmasker, unknown_settings
 from dcache.testing.models import random_model
 from dcache.testing.steps import asked
@@ -22,6 +25,11 @@ def case(steps, *, gen_length=4, **settings):
     return NoCacheCase(Path("none"), data | {"settings": {"gen_length": gen_length} | settings, "steps": steps})
 
 
+def run(settings, **more):
+    plain = {"method": "none", "model": "llada-tiny", "batch": 1, "mask_id": 31, "final": [[1]], "steps": []}
+    return plain | {"settings": settings} | more
+
+
 def test_a_left_padded_sequence_reads_the_draws_of_its_recorded_slots():
     noise = ReplayedLLaDA(3, [0, 2], 8, SPEC.vocab_size, True)
     at = asked(SPEC, batch=2)
@@ -30,6 +38,14 @@ def test_a_left_padded_sequence_reads_the_draws_of_its_recorded_slots():
     positions = torch.rand(2, 8, generator=generator)
     assert torch.equal(noise.tokens(at, SPEC.vocab_size), torch.stack([tokens[0, :6], tokens[1, 2:]]))
     assert torch.equal(noise.positions(at), torch.stack([positions[0, :6], positions[1, 2:]]))
+
+
+def test_forward_calls_that_commit_nothing_draw_too():
+    all_calls, ours = (ReplayedLLaDA(3, [0], 6, None, True, forwards) for forwards in ((5, 5), (5, 2)))
+    expected = [all_calls.positions(asked(SPEC, step=forward)) for forward in (0, 1, 5, 6)]
+    found = [ours.positions(asked(SPEC, step=step)) for step in range(4)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(found[1], found[2])
 
 
 def test_the_draws_of_dream_for_the_whole_canvas_count_padding_too():
@@ -76,9 +92,83 @@ def test_margin_and_entropy_take_the_place_of_the_debiased_score(alg):
 @pytest.mark.parametrize("rule", ["factor", "gamma"])
 @pytest.mark.parametrize(("strategy", "more"), [("klass", {}), ("vanilla", {"debias": True})])
 def test_a_rule_that_an_unmasker_lacks_is_named(strategy, more, rule):
-    reason = unknown_settings({"strategy": strategy, "settings": {rule: 1.0} | more})
+    reason = unknown_settings(run({rule: 1.0} | more, strategy=strategy))
     assert reason is not None
     assert rule in reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "word"),
+    [
+        ({"gamma": 1.0}, {"batch": 2}, "couples"),
+        ({"sigma": 5.0, "alg": "entropy"}, {}, "probabilities"),
+        ({"sigma": 5.0}, {"strategy": "wino"}, "sigma"),
+        ({"alg": "entropy"}, {"strategy": "wino"}, "alg"),
+        ({}, {"strategy": "wino", "model": "dream-tiny"}, "shifted"),
+        ({"temperature": 0.5}, {"strategy": "vanilla", "stochastic": True}, "random numbers"),
+        ({"temperature": 0.5}, {"method": "d2-cache", "stochastic": True}, "random numbers"),
+        ({"temperature": 0.5}, {}, "random numbers"),
+        ({"remasking": "random"}, {"method": "dkv-cache-decode", "stochastic": True}, "random numbers"),
+    ],
+)
+def test_a_run_that_no_unmasker_repeats_says_why(settings, more, word):
+    assert word in unknown_settings(run(settings, **more))
+
+
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [
+        ({"gamma": 1.0}, {}),
+        ({"sigma": 5.0, "alg": "topk_margin"}, {}),
+        ({"temperature": 0.5, "remasking": "random"}, {"stochastic": True}),
+        ({"temperature": 0.5}, {"method": "dkv-cache-pd", "model": "dream-tiny", "stochastic": True}),
+        ({"remasking": "random"}, {"method": "dkv-cache-decode", "denoising_order": []}),
+    ],
+)
+def test_a_run_that_one_repeats_is_not_left_out(settings, more):
+    assert unknown_settings(run(settings, **more)) is None
+
+
+D2 = {"rollout_p": 0.1, "current_k": 8}
+KP_KR = {"prompt_interval_steps": 4, "gen_interval_steps": 2, "remasking": "low_confidence", "gen_length": 16}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "more", "word"),
+    [
+        ("d2-cache", {**D2, "alg": "topk_margin"}, {}, "topk_margin"),
+        ("d2-cache", {**D2, "stop_until_eos": True}, {}, "end of the text"),
+        ("d2-cache", D2, {"steps": [{"rows": [[2]], "commit": [[[3, 1]]]}]}, "uniform guess"),
+        ("dllm_cache", {**KP_KR, "block_length": 8, "steps": 32}, {}, "idle steps"),
+        ("dllm_cache", {**KP_KR, "cfg_scale": 1.0, "cfg_interval_steps": 2}, {}, "cfg_interval_steps"),
+        ("dkv-cache-pd", {"shift_type": "right"}, {}, "NaN"),
+        (
+            "spa",
+            {"alg": "entropy", "max_new_tokens": 2},
+            {"steps": [{"commit": [[[2, 1]], []]}] * 2, "batch": 2},
+            "mean",
+        ),
+        ("fast_dllm", {"cache": "dual"}, {"final": [[1, 2, 31]]}, "masks"),
+    ],
+)
+def test_what_a_policy_does_not_do_as_released_is_named(method, settings, more, word):
+    assert word in METHODS[method](Path("case.json"), run(settings, method=method, **more)).unsupported
+
+
+def test_dkv_without_its_cache_is_no_cache():
+    case = METHODS["dkv-cache-decode"](Path("case.json"), run({"enable_cache": False}, method="dkv-cache-decode"))
+    assert type(case.policy()) is NoCache
+
+
+def test_sequences_that_stand_in_one_block_are_computed_while_they_wait():
+    state = InStep(SPEC, [[1], [1, 2]], 4, 2)
+    state.masked = state.masked & (np.arange(state.slots) != 2) & (np.arange(state.slots) != 1)
+    state._enter(state._fixed_block())
+    assert state.masked.sum(1).tolist() == [2, 3]
+    assert state.active.all()
+    assert [np.flatnonzero(row).tolist() for row in state.block] == [[1, 2], [2, 3]]
+    state.masked = state.masked & (np.arange(state.slots) != 3)
+    assert [np.flatnonzero(row).tolist() for row in state._fixed_block()] == [[3, 4], [4, 5]]
 
 
 def test_every_recorded_run_is_checked_but_the_one_that_shows_a_defect():
@@ -87,5 +177,5 @@ def test_every_recorded_run_is_checked_but_the_one_that_shows_a_defect():
     runs = [data for data in files if isinstance(data, dict) and {"steps", "settings"} <= data.keys()]
     assert {run["method"] for run in runs} == set(METHODS)
     found = list(cases(root))
-    assert len(found) == len(runs) == 146
+    assert len(found) == len(runs) == 155
     assert [case.name for case in found if case.unsupported] == ["none/strat_14_llada_wino_b16"]

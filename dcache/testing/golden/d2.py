@@ -79,6 +79,34 @@ class D2Case(LoopCase):
         return Together
 
     @property
+    def unsupported(self) -> str | None:
+        """What the policy does not do as released: see ``docs/policies/d2.md``."""
+        s = self.settings
+        if (alg := s.get("alg", "maskgit_plus")) != "maskgit_plus":
+            return f"alg {alg!r} takes the place of the confidences that the rows are chosen by; here it does not"
+        if s.get("stop_until_eos"):
+            return "rows behind the end of the text stay candidates in the released code; here they do not"
+        if self._guesses:
+            return "a row that was not computed is committed, by its uniform guess, which is not reproduced"
+        return super().unsupported
+
+    @property
+    def _guesses(self) -> bool:
+        """Whether a position was committed although the row that predicts it was not computed."""
+        shift = int(str(self.data["model"]).startswith("dream"))
+        return any(
+            p - shift not in rows
+            for step in self.data["steps"]
+            for rows, commits in zip(step["rows"], step["commit"], strict=True)
+            for p, _ in commits or ()
+        )
+
+    @property
+    def fragile(self) -> bool:
+        """Which rows a cumulative sum near 1 leaves out is not portable; the tokens are."""
+        return bool(self.data["fragile"]) or self.settings["rollout_p"] == 1
+
+    @property
     def pads(self) -> list[int]:
         """Nothing is stripped."""
         return [0] * self.data["batch"]
@@ -110,11 +138,11 @@ class D2Case(LoopCase):
         return self.recorded
 
     def _compare_commits(self, trace: list[Step]) -> None:
-        if not self.data["fragile"]:  # which rows a cumulative sum near 1 leaves out is not portable; tokens are
+        if not self.fragile:
             super()._compare_commits(trace)
 
     def _compare_passes(self, trace: list[Step], watched: Watched) -> None:
-        if self.data["fragile"]:
+        if self.fragile:
             return
         for i, (step, recorded) in enumerate(zip(trace, self.data["steps"], strict=True)):
             for n, b in enumerate(recorded["active"]):

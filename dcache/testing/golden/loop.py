@@ -53,8 +53,14 @@ class LoopCase(Case):
 
     @property
     def unsupported(self) -> str | None:
-        """Families, policies and unmaskers that are not installed."""
-        return super().unsupported or unknown_settings(self.data)
+        """Families, policies and unmaskers that are not installed, and programs that stop too early."""
+        return super().unsupported or unknown_settings(self.data) or self._unfinished
+
+    @property
+    def _unfinished(self) -> str | None:
+        if not self.settings.get("stop_until_eos") and any(self.data["mask_id"] in row for row in self.data["final"]):
+            return "the released loop ran out of steps and left masks in its output, which is not reproduced"
+        return None
 
     @property
     def pads(self) -> list[int]:
@@ -65,6 +71,12 @@ class LoopCase(Case):
     def gen_length(self) -> int:
         """Rows generated."""
         return int(self.settings.get("gen_length") or self.settings["max_new_tokens"])
+
+    @property
+    def block_length(self) -> int | None:
+        """Rows of a block; None where the program knows none."""
+        size: int | None = self.settings.get("block_length")
+        return size
 
     @property
     def steps(self) -> Sequence[Mapping[str, Any]]:
@@ -107,7 +119,7 @@ class LoopCase(Case):
         """The canvas before the first step, without so much padding."""
         prompts = [row[pad:] for row, pad in zip(self.data["prompt"], pads, strict=True)]
         guided = bool(self.settings.get("cfg_scale"))
-        return self.canvas(model.spec, prompts, self.gen_length, self.settings.get("block_length"), guided=guided)
+        return self.canvas(model.spec, prompts, self.gen_length, self.block_length, guided=guided)
 
     def _check_uncached(self, ends: tuple[int, ...]) -> None:
         """The same decoder without a cache."""

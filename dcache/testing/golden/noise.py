@@ -34,32 +34,53 @@ class Replayed(Noise):
 
 
 class ReplayedLLaDA(Replayed):
-    """In every step, a draw per token if it samples (`vocab` is given), then one per position if it ranks at random."""
+    """In every forward, a draw per token if it samples (`vocab` is given), then one per position if it ranks at random.
 
-    def __init__(self, seed: int, pads: Sequence[int], slots: int, vocab: int | None, positions: bool):
+    Args:
+        seed: of the generator.
+        pads: left padding of each sequence.
+        slots: width of the recorded canvas.
+        vocab: ids that a token is drawn from; None if none is drawn.
+        positions: whether positions are drawn.
+        forwards: calls that the program makes for a block, and the first of them, which commit something. The rest
+            draws too, and dcache does not make it.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        pads: Sequence[int],
+        slots: int,
+        vocab: int | None,
+        positions: bool,
+        forwards: tuple[int, int] = (1, 1),
+    ):
         super().__init__(seed, pads, slots)
-        self._vocab, self._positions = vocab, positions
+        self._vocab, self._positions, self._forwards = vocab, positions, forwards
         self._drawn: list[tuple[Tensor | None, Tensor | None]] = []
 
-    def _at(self, step: int) -> tuple[Tensor | None, Tensor | None]:
-        while len(self._drawn) <= step:
+    def _at(self, at: Asked) -> tuple[Tensor | None, Tensor | None]:
+        made, useful = self._forwards
+        block, step = divmod(int(at.step.max()), useful)
+        forward = block * made + step
+        while len(self._drawn) <= forward:
             tokens = positions = None
             if self._vocab is not None:
                 tokens = torch.rand(*self._size, self._vocab, dtype=torch.float64, generator=self._generator)
             if self._positions:
                 positions = torch.rand(self._size, generator=self._generator)
             self._drawn.append((tokens, positions))
-        return self._drawn[step]
+        return self._drawn[forward]
 
     def tokens(self, at: Asked, vocab: int) -> Tensor:
         """The recorded draw of this step."""
-        drawn = self._at(int(at.step.max()))[0]
+        drawn = self._at(at)[0]
         assert drawn is not None
         return self._read(drawn, at)
 
     def positions(self, at: Asked) -> Tensor:
         """The recorded draw of this step."""
-        drawn = self._at(int(at.step.max()))[1]
+        drawn = self._at(at)[1]
         assert drawn is not None
         return self._read(drawn, at)
 

@@ -19,6 +19,8 @@ from dcache.unmasking.pc import PCSampler
 from dcache.unmasking.wino import WINO
 
 SCORES = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy", "random": "random"}
+TINY = 1e-9
+CLIP = 10.0  # of the released PC-sampler, where none is given
 RANKED: dict[str, type[Unmasker]] = {"maskgit_plus": LowConfidence, "topk_margin": Margin, "entropy": Entropy}
 
 
@@ -29,11 +31,37 @@ def unknown_settings(data: Mapping[str, Any]) -> str | None:
     strategy = data.get("strategy", "vanilla")
     if strategy not in ("vanilla", "klass", "wino", "ar"):
         return f"strategy {strategy!r} is not installed"
+    return _unknown_rule(data, strategy) or _unreplayed(data)
+
+
+def _unknown_rule(data: Mapping[str, Any], strategy: str) -> str | None:
     s = data["settings"]
     rule = next((name for name in ("factor", "gamma") if s.get(name) is not None), None)
     if rule and (strategy == "klass" or _debiased(s)):
         return f"{'klass' if strategy == 'klass' else 'pc'} has no variant with {rule}"
+    if s.get("gamma") is not None and data["batch"] > 1:
+        return "gamma in a batch: the released maximum of entropies runs over its sequences, which couples them"
+    if s.get("sampler_sigma", s.get("sigma")) and s.get("alg") == "entropy":
+        return "the certainty prior weighs probabilities, and the released product of it with an entropy is refused"
+    if strategy == "wino":
+        odd = [name for name in ("sigma", "stop_until_eos") if s.get(name)]
+        odd += ["alg"] * (s.get("alg", "maskgit_plus") != "maskgit_plus")
+        odd += ["a shifted model"] * str(data["model"]).startswith("dream")
+        return f"wino has no variant with {', '.join(odd)}" if odd else None
     return None
+
+
+def _unreplayed(data: Mapping[str, Any]) -> str | None:
+    """Why the random numbers of a run cannot be drawn again; None if they can, or there are none."""
+    s, method = data["settings"], data["method"]
+    ordered = "denoising_order" in data  # what ranks at random is recorded, what samples is not
+    if not s.get("temperature") and (ordered or "random" not in (s.get("remasking"), s.get("alg"))):
+        return None
+    dream = str(data["model"]).startswith("dream")
+    whole = method == "none" or (dream and method.startswith("dkv"))  # programs that draw for the whole canvas
+    if data.get("stochastic") and "strategy" not in data and whole and not ordered:
+        return None
+    return "it draws random numbers for some rows of its own, or states no seed, so they cannot be drawn again"
 
 
 def _debiased(settings: Mapping[str, Any]) -> bool:
@@ -62,7 +90,7 @@ def _sampling(data: Mapping[str, Any], rule: str) -> Sampling:
         fill_every=stop or 1,
         guidance=float(s.get("cfg_scale") or 0),
         confidence=rule,
-        top_p=s.get("top_p"),
+        top_p=None if s.get("top_p") is None else max(s["top_p"], TINY),  # at 0 the best token is left, as released
         top_k=s.get("top_k"),
     )
 
@@ -75,8 +103,14 @@ def _llada(data: Mapping[str, Any], vocab: int) -> Unmasker:
         return RandomOrder(sampling=sampling, noise=ReplayedOrder(data["denoising_order"]), steps=s["steps"])
     noise = None
     if data.get("stochastic"):
-        draws = (vocab if sampling.temperature > 0 else None, random)
-        noise = ReplayedLLaDA(data["torch_seed"], left_padding(data), len(data["final"][0]), *draws)
+        noise = ReplayedLLaDA(
+            data["torch_seed"],
+            left_padding(data),
+            len(data["final"][0]),
+            vocab if sampling.temperature > 0 else None,
+            random,
+            _forwards(data),
+        )
     score = "random" if random else "confidence"
     if s.get("threshold") is not None:
         return Threshold(sampling=sampling, noise=noise, threshold=s["threshold"], score=score)
@@ -84,6 +118,19 @@ def _llada(data: Mapping[str, Any], vocab: int) -> Unmasker:
     if factor is not None:
         return Factor(sampling=sampling, noise=noise, factor=factor, variant="fast-dllm", score=score)
     return (Random if random else LowConfidence)(sampling=sampling, noise=noise, steps=s["steps"])
+
+
+def _forwards(data: Mapping[str, Any]) -> tuple[int, int]:
+    """Forward calls that LLaDA's program makes for a block, and those of them that commit something."""
+    s = data["settings"]
+    size = s.get("block_length") or s["gen_length"]
+    made = s["steps"] // (s["gen_length"] // size)
+    return made, made if _by_rule(s) else min(made, size)
+
+
+def _by_rule(settings: Mapping[str, Any]) -> bool:
+    """Whether a threshold or a factor decides how many rows a step commits."""
+    return any(settings.get(name) is not None for name in ("threshold", "factor", "dynamic_threshold_factor"))
 
 
 def _dream(data: Mapping[str, Any]) -> Unmasker:
@@ -139,10 +186,11 @@ def _framework(data: Mapping[str, Any]) -> Unmasker:
             narrow_out=s["narrow_out_thres"],
         )
     if data.get("strategy") == "ar":
-        return LeftToRight(**common, threshold=s.get("threshold"))
+        threshold = s.get("threshold")  # without one the released program commits a whole run of rows
+        return LeftToRight(**common, threshold=-1e9 if threshold is None else threshold)
     if _debiased(s):
         table = np.array(data["token_freq"])
-        return PCSampler(**common, table=table, clip_alpha=s["clip_alpha"], threshold=s.get("threshold"))
+        return PCSampler(**common, table=table, clip_alpha=s.get("clip_alpha") or CLIP, threshold=s.get("threshold"))
     if s.get("threshold") is not None:
         return Threshold(**common, threshold=s["threshold"])
     if s.get("factor") is not None:
