@@ -33,7 +33,7 @@ class Region(BaseModel):
     Attributes:
         rows: of the canvas; 0 if the text has no such rows.
         row_layers: row-layers that ran a query.
-        kv_row_layers: row-layers whose key or value were projected.
+        kv_row_layers: row-layers whose value was projected.
         full_row_layers: row-layers of as many steps without a cache.
         refreshed_row_layers: row-layers in layers that refreshed the region: in one pass they computed every row of it.
             A step counts once for each layer.

@@ -146,7 +146,7 @@ class Result(BaseModel):
         seconds: wall time from an empty canvas to the text; that of a batch is divided evenly among its sequences.
         batch: sequences decoded together.
         row_layers: row-layers that ran a query.
-        kv_row_layers: row-layers whose key or value were projected.
+        kv_row_layers: row-layers whose value was projected.
         full_row_layers: row-layers of as many steps without a cache.
         row_share: ``row_layers / full_row_layers``.
         refreshes: steps that computed every row in the last layer.

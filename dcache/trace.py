@@ -35,7 +35,7 @@ class Step:
         drop: (batch, slots) bool rows taken off the list undecoded.
         remask: (batch, slots) bool.
         row_layers: (layers, batch) int64 row-layers that ran a query, both passes; those of `calls` in `begin` too.
-        kv_row_layers: (layers, batch) int64 row-layers whose K or V were projected.
+        kv_row_layers: (layers, batch) int64 row-layers whose V was projected.
         region_sizes: (batch, regions) int64 rows of the canvas in each region of `dcache.regions.REGIONS`.
         region_row_layers: (layers, batch, regions) int64: `row_layers`, by region.
         region_kv_row_layers: (layers, batch, regions) int64: `kv_row_layers`, by region.
@@ -165,7 +165,7 @@ class Trace:
 
     @property
     def kv_row_layers(self) -> int:
-        """Row-layers whose key or value were projected."""
+        """Row-layers whose value was projected."""
         return sum(int(s.kv_row_layers[:, self._rows].sum()) for s in self.steps)
 
     @property

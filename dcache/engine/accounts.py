@@ -22,7 +22,7 @@ class Count:
 
     Attributes:
         rows: (layers, batch, regions) int64 row-layers that ran a query, by region: see `dcache.regions`.
-        kv_rows: (layers, batch, regions) int64 row-layers whose K or V were projected.
+        kv_rows: (layers, batch, regions) int64 row-layers whose V was projected.
         refreshed: (layers, batch, regions) bool: one pass computed every row of the region in the layer; False where
             the region has no rows.
         calls: (batch,) int64 forward calls beside the passes, made in `begin` for the first step.
