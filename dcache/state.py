@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from dcache.unmasking.base import Ask, Update
 
+FLAG_DTYPES = (np.dtype(np.bool_), np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.float64))
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -279,6 +281,10 @@ class State:
                     f"Ask.{name} has shape {mask.shape} and dtype {mask.dtype}, "
                     f"expected (batch={self.batch}, slots={self.slots}) bool"
                 )
+        for name, flag in ask.flags.items():
+            if not isinstance(flag, np.ndarray) or flag.dtype not in FLAG_DTYPES:
+                found = f"dtype {flag.dtype}" if isinstance(flag, np.ndarray) else f"type {type(flag).__name__}"
+                raise UnmaskerError(f"Ask.flags[{name!r}] has {found}, expected bool, int64 or floats of numpy")
         outside = ask.window > self.masked  # and not masked
         if np.count_nonzero(outside):  # a third of the time of `any`; so throughout, between two passes
             b, p = (int(i[0]) for i in np.nonzero(outside))

@@ -59,13 +59,8 @@ def remember(
         lanes: (batch,) int64, the sequence of `k` that each lane reads; None when they are all of them, in order.
         layers: how many layers the batch is made of, each with the same number of sequences.
     """
-    lse = row_lse(q, k, arguments_of(q, k, visible, lanes)[0], layers=layers) if _by_kernel(q) else None
+    lse = row_lse(q, k, arguments_of(q, k, visible, lanes)[0], layers=layers) if use_triton(q) else None
     return Past(q, lse, kept, rows)
-
-
-def _by_kernel(q: Tensor) -> bool:
-    """Whether kernels run; there is nothing to launch for no rows."""
-    return q.shape[2] > 0 and use_triton(q)
 
 
 def attention_drift_ref(
@@ -155,7 +150,7 @@ def attention_drift(
     Returns:
         (batch,) float32 in 0..1; NaN where no row is real.
     """
-    if _by_kernel(q):
+    if use_triton(q):
         return attention_drift_triton(past, q, k, real, visible, lanes, over, lse, layers)
     return attention_drift_ref(past, q, k, real, visible, lanes, over)
 

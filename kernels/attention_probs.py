@@ -223,7 +223,7 @@ def products_ref(q: Tensor, k: Tensor, visible: Tensor | None, lanes: Tensor | N
     k = k if lanes is None else k.index_select(0, lanes)
     if visible is not None:
         k = hide(k, visible)
-    grouped = q.to(torch.float32).reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
+    grouped = q.to(torch.float32).reshape(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], *q.shape[2:])
     summed = grouped.sum(2)  # (batch, kv_heads, rows, head_dim)
     return pad(torch.einsum("bgid,bgjd->bij", summed, k.to(torch.float32)) / q.shape[1], (0, 1))
 

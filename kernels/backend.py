@@ -35,8 +35,8 @@ CHOICES = ("triton", "torch")
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether the kernel runs for `x`."""
-    return x.is_cuda and ENABLED and not torch.is_grad_enabled()
+    """Whether the kernel runs for `x`; there is nothing to launch for no rows."""
+    return x.is_cuda and ENABLED and x.numel() > 0 and not torch.is_grad_enabled()
 
 
 @lru_cache

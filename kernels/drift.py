@@ -101,7 +101,7 @@ def drift(past: Tensor, now: Tensor, real: Tensor, visible: Tensor | None, over:
         (batch,) float32 in 0..1; NaN where no row is real.
     """
     run = drift_triton if use_triton(past) else drift_ref
-    return run(past, now, real, visible, over)
+    return run(past, now, real, None if visible is None else visible.contiguous(), over)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Uniform numbers as a function of integers: no generator state, so replays and batches draw the same.
 
 A number is a hash of (seed, sequence, step, position, draw): `mix` is the finaliser of SplitMix64 (Steele, Lea,
-Flood 2014), ``uniform = (top 53 bits + 1/2) / 2**53``, so that 0 and 1 never occur and ``log(-log(u))`` is finite.
+Flood 2014), ``uniform = (top 53 bits + 1/2) / 2**53``, at most
+``1 - 2**-53``, so that 0 and 1 never occur and ``log(-log(u))`` is finite.
 """
 
 import torch
@@ -30,7 +31,7 @@ def uniform_ref(keys: tuple[Tensor, ...]) -> Tensor:
     state = torch.zeros((), dtype=torch.int64, device=keys[0].device)
     for key in keys:
         state = mix(state ^ mix(key))
-    return (_shift(state, 11).to(torch.float64) + 0.5) * 2.0**-53
+    return ((_shift(state, 11).to(torch.float64) + 0.5) * 2.0**-53).clamp_max(1 - 2.0**-53)  # the last rounds to 1
 
 
 def uniform(*keys: Tensor) -> Tensor:

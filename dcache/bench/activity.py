@@ -194,9 +194,8 @@ def gaps(steps: Sequence[Step]) -> Gaps | None:
 def _clip(work: Sequence[Span], begin: float, end: float) -> list[Span]:
     """The work of a pass behind its upload, which the kernels of a graph follow a millisecond late under a profiler."""
     inside = [span for span in work if begin <= span.begin < end]
-    while inside and UPLOAD in inside[0].name:
-        inside = inside[1:]
-    return inside
+    uploads = [i for i, span in enumerate(inside) if UPLOAD in span.name]
+    return inside[uploads[0] + 1 :] if uploads else inside
 
 
 def _gaps_in(work: Sequence[Span], span: Span) -> Iterator[float]:

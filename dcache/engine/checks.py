@@ -11,10 +11,9 @@ from torch import Tensor
 from dcache.arrays import Bools
 from dcache.errors import PolicyError
 from dcache.policy import Plan
-from dcache.state import State
+from dcache.state import FLAG_DTYPES, State
 from dcache.unmasking.base import Ask
 
-FLAG_DTYPES = (np.dtype(np.bool_), np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.float64))
 STALLED_AFTER = 8  # steps without a commit, with commits due
 
 
@@ -25,11 +24,12 @@ class Checks:
         label: the policy as it should be named, e.g. ``'periodic' (my-package 0.1)``.
         state: the batch.
         stores: names of the policy's stores.
+        device: of the model.
         compact: whether keys are freed between passes, so that one written by an earlier pass may be gone.
     """
 
-    def __init__(self, label: str, state: State, stores: frozenset[str], compact: bool = False):
-        self.label, self.state, self.stores, self.compact = label, state, stores, compact
+    def __init__(self, label: str, state: State, stores: frozenset[str], device: torch.device, compact: bool = False):
+        self.label, self.state, self.stores, self.device, self.compact = label, state, stores, device, compact
         self.written: Bools = np.zeros_like(state.valid)  # rows whose K and V some pass has written
         self._allowed = ((state.batch,), state.valid.shape, (state.batch, state.spec.n_layers))  # shapes of flags
         self._flag_shapes: dict[tuple[object, ...], dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
@@ -139,8 +139,10 @@ class Checks:
                 f"visible has shape {shape}, expected (batch={state.batch}, slots={state.slots}) or "
                 f"(layers={state.spec.n_layers}, batch, 1 or kv_heads={state.spec.n_kv_heads}, slots)"
             )
-        if isinstance(visible, np.ndarray) and visible.dtype != np.bool_:
+        if visible.dtype not in (np.bool_, torch.bool):
             self.fail(f"visible has dtype {visible.dtype}, expected bool")
+        if isinstance(visible, Tensor) and visible.device != self.device:
+            self.fail(f"visible is a tensor on {visible.device}, expected numpy, or a tensor on {self.device}")
 
     def _visible(self, plan: Plan) -> None:
         state, visible = self.state, plan.visible

@@ -21,7 +21,7 @@ from dcache.arrays import Ints
 from dcache.engine.accounts import Accounts, Count
 from dcache.engine.aside import Aside
 from dcache.engine.checks import Checks
-from dcache.engine.graphs import Graphs
+from dcache.engine.graphs import MOST_GRAPHS, Graphs
 from dcache.engine.inputs import Inputs, wider
 from dcache.engine.layer import Boards, Books, Layer, Pass
 from dcache.engine.memory import Batch, does_not_fit, room_on
@@ -251,7 +251,7 @@ class Engine:
                 f"guided={state.guided}; both say whether each text has a second sequence whose prompt is masked"
             )
         self._valid = torch.from_numpy(state.valid).to(self.model.device)[:, None]
-        self.checks = Checks(self.label, state, frozenset(extra), compact=capacity is not None)
+        self.checks = Checks(self.label, state, frozenset(extra), self.model.device, compact=capacity is not None)
         self.inputs = Inputs(state, self.buckets)
         table = (state.batch, state.slots + 1)  # the last one for the dump slot
         self._unseen: dict[str, np.ndarray] = {name: np.full(table, *blank) for name, blank in UNSEEN.items()}
@@ -261,6 +261,13 @@ class Engine:
         self.policy.begin(self.network, state)
         self.buffers = self.network.asked()
         self.unmasker.begin(self.network, state)
+        if self.network.replaced():  # recordings know the old tensors, and what a plugin derived from their shapes
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was prepared for passes and recorded of them."""
+        self.executor.forget()
+        self._prepared.clear()
 
     def _extra_stores(self, spec: ModelSpec) -> dict[str, int]:
         """The stores that the policy asks for, checked."""
@@ -340,6 +347,8 @@ class Engine:
         key = (*self.inputs.key(plan, arrays), second)
         prepared = self._prepared.get(key)
         if prepared is None:
+            if len(self._prepared) >= MOST_GRAPHS:  # a policy that makes ever new keys
+                self._forget()
             prepared = self._prepared[key] = self._prepare(plan, arrays)
         for name, value in arrays.items():
             prepared.inputs.host[name][...] = value
@@ -349,8 +358,10 @@ class Engine:
         if prepared.outputs is None:
             self._inspect = self.debug  # values may be read in this eager run, never in a recorded one
             prepared.inputs.upload()
-            results = self._forward(prepared, second)
-            self._inspect = False
+            try:
+                results = self._forward(prepared, second)
+            finally:
+                self._inspect = False
             prepared.outputs = Packet(fields_of(results), self.model.device)
             self._deliver(prepared.outputs, results)
         else:
@@ -359,9 +370,11 @@ class Engine:
                 self.executor.record(key, lambda: self._pass(prepared, second))
                 self.recording += perf_counter() - began
             self.executor(key, lambda: self._pass(prepared, second))
-        landing = self._landing(arrays, before)  # while it runs
-        self._while_it_runs(plan, ask, second)
-        prepared.outputs.wait()
+        try:
+            landing = self._landing(arrays, before)  # while it runs
+            self._while_it_runs(plan, ask, second)
+        finally:
+            prepared.outputs.wait()  # after a failed check too: the memory that the pass writes to may be let go next
         return self._seen(prepared, arrays, before, landing)
 
     def _pass(self, prepared: Prepared, second: bool) -> None:
@@ -409,7 +422,9 @@ class Engine:
             visible=side.get("visible"),
             books=Books({}),
         )
-        shown = torch.empty_like(_with_heads(plan.visible)) if isinstance(plan.visible, Tensor) else None
+        shown = None
+        if isinstance(plan.visible, Tensor):
+            shown = torch.empty(_with_heads(plan.visible).shape, dtype=torch.bool, device=self.model.device)
         return Prepared(packet, current, shown)
 
     # -- the pass: device work on static buffers ------------------------------------------------------------------
@@ -424,7 +439,7 @@ class Engine:
         current.keys = None if current.visible is None else visible_keys(current.visible)
         if not second:
             self.have.zero_()
-        self.boards.clear()
+        self.boards.clear(second)
         rows, h = current.rows, self._inputs(current, side["tokens"])
         for layer in self.layers[current.first :]:
             if current.start is None:
@@ -456,7 +471,7 @@ class Engine:
             return self.policy.layer(layer, rows, h)
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             self.checks.fail(f"layer {layer.index} raised {type(error).__name__}: {error}", error)
 
     def _enter(self, current: Pass, layer: Layer, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -567,20 +582,22 @@ class Engine:
             taken=landing.spread("commit", out),
             confidence=landing.spread("confidence", out),
             remask=landing.spread("remask", out),
-            reports=self._reports(books, out, lanes, before),
+            reports=self._reports(books, out, arrays, before),
         )
 
     def _reports(
-        self, books: Books, out: dict[str, np.ndarray], lanes: Ints, before: Seen | None
+        self, books: Books, out: dict[str, np.ndarray], arrays: dict[str, np.ndarray], before: Seen | None
     ) -> dict[str, np.ndarray]:
         """Reports by sequence; 0 for sequences that did not take part in the step."""
-        reports = {} if before is None else dict(before.reports)
+        reports, lanes = {} if before is None else dict(before.reports), arrays["lanes"]
         for name in books.reports:
-            fresh = out[f"report {name}"]
+            fresh, axis = out[f"report {name}"].copy(), int(books.per_layer[name])
+            if "start" in arrays and name not in reports:  # what the second pass did not run is of an older step
+                layers = np.arange(len(self.layers))[:, None]
+                fresh[(~arrays["live"] | (arrays["start"] > layers)) if axis else ~arrays["live"]] = 0
             if len(lanes) == self.state.batch:
-                reports[name] = fresh.copy()
+                reports[name] = fresh
                 continue
-            axis = int(books.per_layer[name])
             shape = (*fresh.shape[:axis], self.state.batch, *fresh.shape[axis + 1 :])
             table = reports[name].copy() if name in reports else np.zeros(shape, fresh.dtype)
             table[(slice(None),) * axis + (lanes,)] = fresh
@@ -597,7 +614,8 @@ class Engine:
     def _blame(self, prepared: Prepared, second: bool, lane: int, lanes: Ints) -> None:
         """Run the pass once more, layer by layer, to name the first layer whose output is not finite."""
         culprit = "the head"
-        inner = self.policy.layer
+        inner, own = self.policy.layer, vars(self.policy)
+        held = {name: own[name] for name in ("layer",) if name in own}
         found: list[int] = []
 
         def watched(at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -607,11 +625,12 @@ class Engine:
                 found.append(at.index)
             return rows, h
 
-        self.policy.layer = watched  # type: ignore[method-assign]
+        own["layer"] = watched
         try:
             self._forward(prepared, second)
         finally:
-            del self.policy.layer
+            del own["layer"]
+            own.update(held)
         if found:
             culprit = f"layer {found[0]}"
         sequence = int(lanes[lane])

@@ -13,6 +13,7 @@ from torch import Tensor
 from dcache.engine.across import Across
 from dcache.engine.aside import Aside
 from dcache.engine.network import Stores
+from dcache.engine.packet import NUMPY
 from dcache.kernels.attend import Keys, attend, attend_each, attend_lse, finds_lse, hide
 from dcache.kernels.attention_probs import head_mean, probs, products, received
 from dcache.kernels.drift import drift
@@ -118,12 +119,12 @@ class Boards:
             else {}
         )
 
-    def clear(self) -> None:
-        """Device work at the start of a pass."""
+    def clear(self, second: bool) -> None:
+        """Device work at the start of a pass; a `second` one of a step adds to the reports of the first."""
         self.found.clear()
         self.written.clear()
         self.queries = None
-        for x in (self.counted, *self.maps.values()):
+        for x in (self.counted, *self.maps.values(), *(() if second else self.reports.values())):
             x.zero_()
 
     def room(self, layer: int, like: Tensor, heads: int, head_dim: int) -> Tensor:
@@ -190,7 +191,9 @@ class Layer:
         return self._held.capacity is not None
 
     def unpack(self) -> None:
-        """Engine only: bring back what this layer holds."""
+        """Engine only: bring back what this layer holds, to where another layer's keys are, which may be read aside."""
+        if self.compact:
+            self._beside.join()
         self._held.unpack(self.index, self._lanes)
 
     def pack(self) -> None:
@@ -481,6 +484,10 @@ class Layer:
         kind = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype  # numpy knows no bfloat16
         shape = (self._boards.batch, *x.shape[1:])
         shape = (self._boards.layers, *shape) if per_layer else shape
+        if kind not in NUMPY:
+            raise ValueError(
+                f"report {name!r} has dtype {kind}, which does not go to the host; give bool, int32, int64 or floats"
+            )
         board = self._boards.reports.get(name)
         if board is None:
             board = self._boards.reports[name] = torch.zeros(shape, dtype=kind, device=x.device)

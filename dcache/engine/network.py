@@ -205,6 +205,7 @@ class Network(Weights):
         self.layers = layers
         self._buffers: dict[str, Tensor] = {}
         self._asked: set[str] = set()
+        self._replaced = False
         self._preloaded: Callable[[Bools], None] = lambda rows: None
         self._called: Callable[[int, Ints], None] = lambda b, n: None
 
@@ -216,6 +217,7 @@ class Network(Weights):
         self._asked.add(name)
         held = self._buffers.get(name)
         if held is None or held.shape != shape or held.dtype != dtype:
+            self._replaced |= held is not None
             held = self._buffers[name] = torch.empty(shape, dtype=dtype, device=self.device)
         return held.zero_()
 
@@ -223,6 +225,11 @@ class Network(Weights):
         """Engine only: the buffers that were asked for since the last call."""
         found = {name: self._buffers[name] for name in sorted(self._asked)}
         self._asked = set()
+        return found
+
+    def replaced(self) -> bool:
+        """Engine only: whether a buffer of an earlier batch gave way to one of another shape since the last call."""
+        found, self._replaced = self._replaced, False
         return found
 
     def on_preload(self, note: Callable[[Bools], None]) -> None:

@@ -95,6 +95,18 @@ def test_a_trace_without_marks_has_no_steps():
     assert splits(found) == []
 
 
+def test_work_before_the_upload_and_the_late_start_behind_it_are_no_gap_inside_a_pass():
+    work = [
+        kernel("void at::native::bitwise_and(...)", 10, 12),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 15, 16),
+        kernel("nvjet", 1010, 1500),
+        kernel("nvjet", 1505, 1600),
+    ]
+    (step,) = steps_of([mark(FIRST_PASS, 0, 1700), mark(DECODE, 0, 2000), *work])
+    assert gaps([step]).largest_gap_us == 5
+    assert gaps([step]).idle_between == pytest.approx((1010 + 400) / 2000)
+
+
 def test_a_pass_without_device_work_is_idle_throughout():
     (step,) = steps_of([mark(FIRST_PASS, 0, 10), mark(DECODE, 0, 20)])
     assert gaps([step]).idle_between == 1

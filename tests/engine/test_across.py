@@ -349,7 +349,7 @@ def test_the_drift_of_all_layers_is_that_of_each(
     if kernels and torch.cuda.is_available():
         pytest.skip("a CUDA device takes the place of the interpreter")
     if kernels:  # with lanes and a single sequence too
-        monkeypatch.setattr(attention_drift, "use_triton", lambda q: True)
+        monkeypatch.setattr(attention_drift, "use_triton", lambda q: q.numel() > 0)
         monkeypatch.setattr(layer_module, "finds_lse", lambda *given: True)
     trace = go(Drifts(visible, over), buckets=buckets)
     assert {len(step.active.nonzero()[0]) for step in trace} == {1, 2, 3}
