@@ -16,6 +16,7 @@ from dcache.engine.graphs import Graphs
 from dcache.engine.packet import Packet
 from dcache.models.transformer import Transformer
 from dcache.plugins import make_policy, make_unmasker
+from dcache.policy import Plan
 from dcache.testing.models import random_model
 from dcache.trace import Step
 
@@ -132,6 +133,44 @@ def test_two_runs_in_half_precision_give_identical_tokens(policy: str) -> None:
     for run in runs[1:]:
         assert commits(run) == commits(runs[0])
         assert all(np.array_equal(a.confidence, b.confidence) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["elastic", "d2", "dllm-cache", "spa(rank=4)", "es-dllm(first=none,second=none)"])
+def test_steps_in_which_nothing_may_be_committed_run_on_a_gpu(policy: str) -> None:
+    """They ask for no rows, so that a policy may have an empty set to make statistics of."""
+    unmask = "random-order(steps=48,schedule=linear,idle_steps=true)"
+    cpu = go("cpu", policy, unmask=unmask)[0]
+    assert any(not step.commit.any() for step in cpu)
+    assert_same(cpu, go("cuda", policy, unmask=unmask)[0])
+
+
+def test_a_buffer_of_another_shape_makes_recordings_void() -> None:
+    model = on("cuda", 0)
+    unmask = "klass(threshold=0.01,history=1)"
+    engine = Engine(model, make_policy("none"), make_unmasker(unmask))
+    for n_prompt, gen in ((4, 8), (6, 6), (4, 8)):  # canvases of one width
+        for _ in range(3):
+            state = State(model.spec, [PROMPTS[0][:n_prompt]], gen)
+            decode(engine, state)
+        alone = State(model.spec, [PROMPTS[0][:n_prompt]], gen)
+        decode(Engine(model, make_policy("none"), make_unmasker(unmask), graphs=False), alone)
+        assert (state.tokens == alone.tokens).all()
+
+
+def test_a_mask_on_the_device_may_lie_in_memory_as_it_likes() -> None:
+    model, tokens = on("cuda", 0), []
+    for turned in (False, True):
+        policy = make_policy("none")
+
+        def plan(state: State, turned: bool = turned) -> Plan:
+            shown = torch.from_numpy(state.valid).cuda()
+            return Plan(state.valid, visible=shown.T.contiguous().T if turned else shown)
+
+        vars(policy)["plan"] = plan
+        state = State(model.spec, PROMPTS, [16, 12, 8], 4)
+        decode(Engine(model, policy, make_unmasker("low-confidence")), state)
+        tokens.append(state.tokens)
+    assert (tokens[0] == tokens[1]).all()
 
 
 def test_freed_keys_are_not_missed_on_a_gpu() -> None:
