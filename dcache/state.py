@@ -275,12 +275,22 @@ class State:
 
     def expect(self, ask: Ask) -> Ask:
         """Take over what the unmasker asks for in this step; returns it, checked."""
-        for name, mask in (("window", ask.window), ("block", ask.block), ("read", ask.read)):
+        masks = ("window", ask.window), ("block", ask.block), ("read", ask.read), ("shadow", ask.shadow)
+        for name, mask in masks:
             if mask is not None and (mask.shape != self.valid.shape or mask.dtype != np.bool_):
                 raise UnmaskerError(
                     f"Ask.{name} has shape {mask.shape} and dtype {mask.dtype}, "
                     f"expected (batch={self.batch}, slots={self.slots}) bool"
                 )
+        if (order := ask.order) is not None and (order.shape != self.valid.shape or order.dtype != np.int64):
+            raise UnmaskerError(
+                f"Ask.order has shape {order.shape} and dtype {order.dtype}, "
+                f"expected (batch={self.batch}, slots={self.slots}) int64"
+            )
+        if (due := ask.commits) is not None and (due.shape != (self.batch,) or due.dtype != np.bool_):
+            raise UnmaskerError(
+                f"Ask.commits has shape {due.shape} and dtype {due.dtype}, expected (batch={self.batch},) bool"
+            )
         for name, flag in ask.flags.items():
             if not isinstance(flag, np.ndarray) or flag.dtype not in FLAG_DTYPES:
                 found = f"dtype {flag.dtype}" if isinstance(flag, np.ndarray) else f"type {type(flag).__name__}"

@@ -283,14 +283,30 @@ def test_a_report_of_another_dtype_is_named() -> None:
         go(Bytes(), 3)
 
 
-class Flagged(LowConfidence):
+class Asking(LowConfidence):
+    """Asks for something beside the window."""
+
+    def __init__(self, **more: Any):
+        super().__init__()
+        self.more = more
+
     def ask(self, state: State) -> Ask:
-        return Ask(state.masked, flags={"odd": np.zeros(state.batch, dtype=np.uint8)})
+        return Ask(state.masked, **self.more)
 
 
-def test_a_flag_of_another_dtype_is_named() -> None:
-    engine = Engine(MODEL, make_policy("none"), Flagged())
-    with pytest.raises(UnmaskerError, match=r"Ask\.flags\['odd'\] has dtype uint8"):
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"flags": {"odd": np.zeros(1, dtype=np.uint8)}}, r"Ask\.flags\['odd'\] has dtype uint8"),
+        ({"flags": {"odd": 3}}, r"Ask\.flags\['odd'\] has type int"),
+        ({"shadow": np.zeros((1, 5), dtype=bool)}, r"Ask\.shadow has shape \(1, 5\)"),
+        ({"order": np.zeros((1, 6))}, r"Ask\.order has shape \(1, 6\) and dtype float64"),
+        ({"commits": np.zeros((1, 6), dtype=bool)}, r"Ask\.commits has shape \(1, 6\)"),
+    ],
+)
+def test_what_an_unmasker_asks_for_by_mistake_is_named(more: dict[str, Any], told: str) -> None:
+    engine = Engine(MODEL, make_policy("none"), Asking(**more))
+    with pytest.raises(UnmaskerError, match=told):
         decode(engine, State(MODEL.spec, [[1, 2, 3]], 3))
 
 
