@@ -68,8 +68,8 @@ class Executor(Protocol):
     def __call__(self, key: Hashable, work: Callable[[], None]) -> None:
         """Run the work, or the recording."""
 
-    def forget(self) -> None:
-        """Drop all recordings: the buffers they were made on are gone."""
+    def forget(self, key: Hashable = None) -> None:
+        """Drop the recording of this key, or all: the buffers they were made on are gone."""
 
 
 class Eager:
@@ -86,7 +86,7 @@ class Eager:
         """Run it."""
         work()
 
-    def forget(self) -> None:
+    def forget(self, key: Hashable = None) -> None:
         """There is nothing to forget."""
 
 
@@ -262,12 +262,8 @@ class Engine:
         self.buffers = self.network.asked()
         self.unmasker.begin(self.network, state)
         if self.network.replaced():  # recordings know the old tensors, and what a plugin derived from their shapes
-            self._forget()
-
-    def _forget(self) -> None:
-        """Drop what was prepared for passes and recorded of them."""
-        self.executor.forget()
-        self._prepared.clear()
+            self.executor.forget()
+            self._prepared.clear()
 
     def _extra_stores(self, spec: ModelSpec) -> dict[str, int]:
         """The stores that the policy asks for, checked."""
@@ -347,8 +343,10 @@ class Engine:
         key = (*self.inputs.key(plan, arrays), second)
         prepared = self._prepared.get(key)
         if prepared is None:
-            if len(self._prepared) >= MOST_GRAPHS:  # a policy that makes ever new keys
-                self._forget()
+            while len(self._prepared) >= MOST_GRAPHS:
+                oldest = next(iter(self._prepared))
+                del self._prepared[oldest]
+                self.executor.forget(oldest)
             prepared = self._prepared[key] = self._prepare(plan, arrays)
         for name, value in arrays.items():
             prepared.inputs.host[name][...] = value
@@ -615,7 +613,7 @@ class Engine:
         """Run the pass once more, layer by layer, to name the first layer whose output is not finite."""
         culprit = "the head"
         inner, own = self.policy.layer, vars(self.policy)
-        held = {name: own[name] for name in ("layer",) if name in own}
+        instead = own.get("layer")  # of the instance, before the method of its class
         found: list[int] = []
 
         def watched(at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -630,7 +628,8 @@ class Engine:
             self._forward(prepared, second)
         finally:
             del own["layer"]
-            own.update(held)
+            if instead is not None:
+                own["layer"] = instead
         if found:
             culprit = f"layer {found[0]}"
         sequence = int(lanes[lane])

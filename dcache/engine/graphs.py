@@ -16,7 +16,7 @@ import torch
 
 from dcache.engine.aside import stream_of
 
-MOST_GRAPHS = 512  # recordings kept per engine; a policy that makes more keys than this forgets the oldest
+MOST_GRAPHS = 512  # keys that an engine keeps buffers and a recording for; of more than that it forgets the oldest
 
 
 class Graphs:
@@ -31,7 +31,7 @@ class Graphs:
     Attributes:
         captured: graphs recorded so far, forgotten ones included.
         replayed: passes that were a replay.
-        keys: how often each key was recorded, since the last `forget`.
+        keys: how often each key was recorded, since all were forgotten.
     """
 
     def __init__(self, device: torch.device):
@@ -62,8 +62,6 @@ class Graphs:
                 raise
             graph.capture_end()
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        while len(self._graphs) >= MOST_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]
         self._graphs[key] = graph
         self.keys[key] = self.keys.get(key, 0) + 1
         self.captured += 1
@@ -73,8 +71,11 @@ class Graphs:
         self._graphs[key].replay()
         self.replayed += 1
 
-    def forget(self) -> None:
-        """Drop all recordings, and their memory with them."""
+    def forget(self, key: Hashable = None) -> None:
+        """Drop the recording of this key, or all of them, and their memory with them."""
+        if key is not None:
+            self._graphs.pop(key, None)
+            return
         self._graphs.clear()
         self.keys.clear()
         self._pool = None

@@ -97,9 +97,12 @@ class Recorder:
         for func, args, kwargs, out in self._tapes[key]:
             self._replay(func, args, kwargs, out)
 
-    def forget(self) -> None:
-        """Drop all tapes."""
-        self._tapes.clear()
+    def forget(self, key: Hashable = None) -> None:
+        """Drop the tape of this key, or all."""
+        if key is None:
+            self._tapes.clear()
+        else:
+            self._tapes.pop(key, None)
 
     @staticmethod
     def _replay(func: Any, args: Any, kwargs: Any, out: Any) -> None:

@@ -21,6 +21,7 @@ from dcache.plugins import make_policy, make_unmasker
 from dcache.policy import CachePolicy, Plan
 from dcache.state import State
 from dcache.testing.models import random_model
+from dcache.testing.recorder import Recorder
 from dcache.unmasking.base import Ask
 from dcache.unmasking.confidence import LowConfidence
 
@@ -198,20 +199,25 @@ def test_buffers_of_the_same_shape_keep_what_was_prepared() -> None:
     assert all(engine._prepared[key] is old for key, old in prepared.items())
 
 
-class Endless(Everything):
-    """A kind of its own in every step."""
+class Kinds(Everything):
+    """Steps of kinds 0 and 1 by turns, then of a kind of their own each."""
 
     def plan(self, state: State) -> Plan:
-        return Plan(state.valid, kind=int(state.step.max()))
+        step = int(state.step.max())
+        return Plan(state.valid, kind=step % 2 if step < 4 else step)
 
 
-def test_what_is_prepared_for_ever_new_kinds_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_too_many_keys_the_oldest_goes_with_its_buffers_and_its_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = go(Everything(), 8)
     monkeypatch.setattr(engine_module, "MOST_GRAPHS", 3)
-    engine = Engine(MODEL, Endless(), make_unmasker("low-confidence"))
+    engine = Engine(MODEL, Kinds(), make_unmasker("low-confidence"), buckets=(16,), executor=(tapes := Recorder()))
+    forgotten: list[object] = []
+    forget = tapes.forget
+    monkeypatch.setattr(tapes, "forget", lambda key=None: (forgotten.append(key and key[0]), forget(key)))
     found = decode(engine, State(MODEL.spec, [[1, 2, 3]], 8))
-    assert len(found) == 8
-    assert 0 < len(engine._prepared) <= 3
+    assert [key[0] for key in engine._prepared] == [5, 6, 7]  # type: ignore[index]
+    assert forgotten == [None, 0, 1, 4]  # all when the first batch made its buffers
+    assert tapes.recorded == 2
     assert all((a.commit == b.commit).all() for a, b in zip(expected, found, strict=True))
 
 

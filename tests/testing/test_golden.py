@@ -137,7 +137,12 @@ KP_KR = {"prompt_interval_steps": 4, "gen_interval_steps": 2, "remasking": "low_
     ("method", "settings", "more", "word"),
     [
         ("d2-cache", {**D2, "alg": "topk_margin"}, {}, "topk_margin"),
-        ("d2-cache", {**D2, "stop_until_eos": True}, {}, "end of the text"),
+        (
+            "d2-cache",
+            {**D2, "stop_until_eos": True},
+            {"steps": [{"rows": [[3]], "commit": [[[3, 126]]]}]},
+            "end of the text",
+        ),
         ("d2-cache", D2, {"steps": [{"rows": [[2]], "commit": [[[3, 1]]]}]}, "uniform guess"),
         ("dllm_cache", {**KP_KR, "block_length": 8, "steps": 32}, {}, "idle steps"),
         ("dllm_cache", {**KP_KR, "cfg_scale": 1.0, "cfg_interval_steps": 2}, {}, "cfg_interval_steps"),
@@ -153,6 +158,12 @@ KP_KR = {"prompt_interval_steps": 4, "gen_interval_steps": 2, "remasking": "low_
 )
 def test_what_a_policy_does_not_do_as_released_is_named(method, settings, more, word):
     assert word in METHODS[method](Path("case.json"), run(settings, method=method, **more)).unsupported
+
+
+def test_a_run_that_could_stop_at_an_end_of_the_text_and_met_none_is_not_left_out():
+    steps = [{"rows": [[3]], "commit": [[[3, 1]]]}]
+    recorded = run(D2 | {"stop_until_eos": True}, method="d2-cache", steps=steps)
+    assert METHODS["d2-cache"](Path("case.json"), recorded).unsupported is None
 
 
 def test_dkv_without_its_cache_is_no_cache():

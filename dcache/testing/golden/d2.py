@@ -84,11 +84,19 @@ class D2Case(LoopCase):
         s = self.settings
         if (alg := s.get("alg", "maskgit_plus")) != "maskgit_plus":
             return f"alg {alg!r} takes the place of the confidences that the rows are chosen by; here it does not"
-        if s.get("stop_until_eos"):
+        if s.get("stop_until_eos") and self._ends:
             return "rows behind the end of the text stay candidates in the released code; here they do not"
         if self._guesses:
             return "a row that was not computed is committed, by its uniform guess, which is not reproduced"
         return super().unsupported
+
+    @property
+    def _ends(self) -> bool:
+        """Whether an end of the text was committed."""
+        ends = {i for name in ("eos_token_id", "eot_token_id") if (i := self.settings.get(name)) is not None} or {126}
+        return any(
+            token in ends for step in self.data["steps"] for commits in step["commit"] for _, token in commits or ()
+        )
 
     @property
     def _guesses(self) -> bool:

@@ -17,14 +17,13 @@ from dcache.engine.layer import Layer
 from dcache.policies.spa import SPACache
 from dcache.proxies import proxy
 from dcache.state import State
-from dcache.testing.golden.base import Watched, close, equal
+from dcache.testing.golden.base import LOGITS_TOLERANCE, Watched, close, equal
 from dcache.testing.golden.loop import LoopCase
 from dcache.testing.golden.unmaskers import recorded_unmasker
 from dcache.trace import Step
 
 SIMILARITY_TOLERANCE = 1e-5  # stated in the README of the folder
 RATIO_TOLERANCE = 1e-9
-LOGITS_TOLERANCE = 1e-3
 HEIGHT = 1e-9  # least height of the released curve
 VALUES_TOLERANCE = 1e-4  # of singular values, about 3, written with 8 digits
 GAUSSIAN = {
