@@ -21,9 +21,15 @@ def positions(mask: Bools, fill: int, width: Callable[[int], int] = int, least: 
 
     The longest list counts as `least` if it is shorter.
     """
+    if len(mask) == 1:  # a batch of one, where the device waits for every microsecond of this
+        index = mask[0].nonzero()[0]
+        n = len(index)
+        table = np.empty((1, width(n if n > least else least)), dtype=np.int64)
+        row = table[0]
+        row[:n], row[n:] = index, fill
+        return table
     found = [row.nonzero()[0] for row in mask]
-    table = np.empty((len(found), width(max(least, max(map(len, found), default=0)))), dtype=np.int64)
-    table.fill(fill)
+    table = np.full((len(found), width(max(least, max(map(len, found), default=0)))), fill, dtype=np.int64)
     for b, index in enumerate(found):
         table[b, : len(index)] = index
     return table
@@ -64,7 +70,7 @@ def heaviest(weight: np.ndarray, among: Bools, share: float, beyond: bool = Fals
     """Mark those of `among` (batch, n) with the highest weights (batch, n), as many as make up a `share` of all.
 
     Args:
-        weight: none is negative; ties go left.
+        weight: none is negative; ties go left. Their sums are taken in float64.
         among: what is weighed.
         share: of the sum of their weights, and of 1e-9 more.
         beyond: also mark the one that passes the share; otherwise the sum stays within it, unless one alone passes.
@@ -75,7 +81,7 @@ def heaviest(weight: np.ndarray, among: Bools, share: float, beyond: bool = Fals
         if len(index):
             value = weight[b].take(index)
             falling = np.sort(value)[::-1]
-            mass = falling.cumsum()
+            mass = falling.cumsum(dtype=np.float64)
             within = int(mass.searchsorted(share * (mass[-1] + 1e-9), "right"))
             wanted = min(within + 1, len(index)) if beyond else max(within, 1)
             chosen[b][index[_reaching(falling[wanted - 1], value, wanted)]] = True

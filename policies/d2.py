@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from dcache.arrays import Bools, close_gaps, heaviest, highest
+from dcache.arrays import Bools, Floats, close_gaps, heaviest, highest
 from dcache.density import densities
 from dcache.policy import CachePolicy, Plan, PolicyConfig, State
 
@@ -53,7 +53,7 @@ class Selection(NamedTuple):
 
     score: NDArray[np.float64]
     prior: Bools
-    importance: NDArray[np.float64]
+    importance: Floats
     early: Bools
     nucleus: Bools
     rows: Bools
@@ -145,8 +145,8 @@ class D2Cache(CachePolicy):
     def _recall(self, state: State) -> None:
         """Take over the confidences that the released code keeps, those of the first step, or all."""
         assert state.seen is not None
-        wanted = (state.step == 1) | (self.config.confidence == "latest")
-        if any(wanted.tolist()):
+        if self.config.confidence == "latest" or 1 in state.step.tolist():
+            wanted = (state.step == 1) | (self.config.confidence == "latest")
             fresh = self.masked & np.isfinite(state.seen.confidence) & wanted[:, None]
             self.confidence = np.where(fresh, state.seen.confidence, self.confidence)
 
@@ -155,7 +155,7 @@ class D2Cache(CachePolicy):
         score, prior = self._prior(state)
         reads = state.rows_for(prior)
         early = reads & ~self.border | state.changed
-        importance = reports["importance"].astype(np.float64)
+        importance = reports["importance"]
         nucleus = self._nucleus(importance, state.valid & ~early)
         rows = close_gaps((early | nucleus) & ~self.border | reads & self.border, self.config.inflate_w)
         return Selection(score, prior, importance, early, nucleus, rows)
@@ -166,7 +166,7 @@ class D2Cache(CachePolicy):
         if self.config.search != "all":
             block = self.block & self.masked if self.config.search == "released" else state.block
             top = score[self.ran].max() if self.config.couple_batch else score.max(1, keepdims=True)
-            score += block * top
+            np.add(score, top, out=score, where=block)
             search = search & self._search(state, block)
         prior = highest(score, search, self.config.current_k)
         missed = ~(prior & state.window).any(1, keepdims=True)
@@ -185,7 +185,7 @@ class D2Cache(CachePolicy):
             search[b, start : begin + ((last - begin) // size + 1) * size] = True
         return search
 
-    def _nucleus(self, importance: NDArray[np.float64], free: Bools) -> Bools:
+    def _nucleus(self, importance: Floats, free: Bools) -> Bools:
         """Stage 2 (section 3.3): the most attended of the `free` rows, a share `rollout_p` of their mass."""
         return heaviest(importance, free, self.config.rollout_p, beyond=self.config.nucleus == "above")
 

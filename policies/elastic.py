@@ -94,7 +94,7 @@ class ElasticCache(CachePolicy):
         tracked, window = self._tracked(state), self._window(state)
         rows = tracked | state.changed | window
         begins = state.step == 0
-        if begins.any():
+        if np.count_nonzero(begins):
             tracked[begins], rows[begins] = False, True
         return Plan(rows, "reuse", sets={"tracked": tracked, "window": window}, flags=self._excluded(state))
 

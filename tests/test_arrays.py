@@ -24,10 +24,10 @@ def test_first_falls_back_to_the_number_of_its_row(mask: Bools) -> None:
     assert found.tolist() == [row.argmax() if row.any() else fall for row, fall in zip(mask, otherwise, strict=True)]
 
 
-@given(mask=masks, spare=st.integers(0, 3))
-def test_positions_are_ascending_and_padded_with_the_fill(mask: Bools, spare: int) -> None:
-    width = int(mask.sum(1).max()) + spare
-    found = positions(mask, mask.shape[1], lambda longest: longest + spare)
+@given(mask=masks, spare=st.integers(0, 3), least=st.integers(0, 2))
+def test_positions_are_ascending_and_padded_with_the_fill(mask: Bools, spare: int, least: int) -> None:
+    width = max(int(mask.sum(1).max()), least) + spare
+    found = positions(mask, mask.shape[1], lambda longest: longest + spare, least)
     expected = [[*row.nonzero()[0], *[mask.shape[1]] * (width - row.sum())] for row in mask]
     assert found.tolist() == expected
 
@@ -47,6 +47,13 @@ def test_the_heaviest_are_counted_by_the_running_sum(
     within = (mass <= share * (mass[:, -1:] + 1e-9)).sum(1)
     expected = highest(weight, among, within + 1 if beyond else np.maximum(within, 1))
     assert (heaviest(weight, among, share, beyond) == expected).all()
+
+
+def test_weights_of_float32_are_summed_in_float64() -> None:
+    weight = np.ones((1, 3001), dtype=np.float32)
+    weight[0, 0] = 2**24  # plus 1 in float32 is the same
+    kept = heaviest(weight, np.ones(weight.shape, dtype=bool), (2**24 + 1500.5) / (2**24 + 3000))
+    assert kept.sum() == 1501
 
 
 @pytest.mark.parametrize(("n", "sigma"), [(1, 10.0), (7, 0.5), (40, 10.0), (300, 3.0), (300, 10.0)])

@@ -66,7 +66,7 @@ class Idle(NamedTuple):
 def idle_share(engine: Engine, state: Callable[[], State], limit: int | None = None) -> Idle | None:
     """How long the device waits for the host between the passes of a decode; None of one pass, or without graphs.
 
-    The passes are recorded once more, with an event at either end: from the upload to the download. The first ones are
+    The passes are recorded again, with an event at either end: from the upload to the download. The first ones are
     left out. No profile may have been made in the process before: it would slow the host here too.
 
     Args:
@@ -109,6 +109,9 @@ def _node() -> torch.cuda.Event:
 class TimedGraphs(Graphs):
     """Graphs that know how long the device ran each replay.
 
+    There are two recordings of each key, which take turns. So the events of a replay are read while the device runs the
+    next one, and not before its launch, where the device would wait for that.
+
     Attributes:
         launches: when each was launched, seconds.
         busy: how long each ran, seconds, but for the last.
@@ -117,6 +120,7 @@ class TimedGraphs(Graphs):
     def __init__(self, device: torch.device):
         super().__init__(device)
         self._ends: dict[Hashable, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
+        self._turn = False
         self.restart()
 
     def restart(self) -> None:
@@ -125,8 +129,16 @@ class TimedGraphs(Graphs):
         self.busy: list[float] = []
         self._latest: Hashable | None = None
 
+    def ready(self, key: Hashable) -> bool:
+        """Whether there are recordings of this key."""
+        return super().ready((key, True))
+
     def record(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Record `work` between two events."""
+        """Record `work` between two events, twice."""
+        for turn in (False, True):
+            self._record((key, turn), work)
+
+    def _record(self, mine: Hashable, work: Callable[[], None]) -> None:
         begin, end = _node(), _node()
 
         def timed() -> None:
@@ -134,17 +146,23 @@ class TimedGraphs(Graphs):
             work()
             end.record()
 
-        super().record(key, timed)
-        self._ends[key] = begin, end
+        super().record(mine, timed)
+        self._ends[mine] = begin, end
 
     def __call__(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Replay, and read the events of the replay before, which has ended: this one may overwrite them."""
-        if self._latest is not None:
-            begin, end = self._ends[self._latest]
-            self.busy.append(begin.elapsed_time(end) / 1e3)
-        self._latest = key
+        """Replay, then read the events of the replay before, which has ended."""
+        self._turn = not self._turn
+        before, self._latest = self._latest, (key, self._turn)
         self.launches.append(perf_counter())
-        super().__call__(key, work)
+        super().__call__(self._latest, work)
+        if before is not None:
+            begin, end = self._ends[before]
+            self.busy.append(begin.elapsed_time(end) / 1e3)
+
+    def forget(self, key: Hashable = None) -> None:
+        """Drop the recordings of this key, or all of them."""
+        for mine in [None] if key is None else [(key, False), (key, True)]:
+            super().forget(mine)
 
 
 def _profiler() -> profile:

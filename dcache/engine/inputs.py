@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -28,6 +27,7 @@ class Inputs:
         self.state, self.buckets = state, sorted(buckets)
         self._everyone = np.arange(state.batch)
         self._complete = bool(state.valid.all())
+        self._padded = padded_sizes(state.slots, self.buckets).__getitem__
 
     def arrays(self, plan: Plan, ask: Ask) -> dict[str, np.ndarray]:
         """Every array that the pass reads, by lane. Positions are padded with the number of slots."""
@@ -36,14 +36,18 @@ class Inputs:
         lanes = self.lanes(part)
         # if every sequence has a lane, which is the rule at batch 1, no array is copied
         by_lane: slice | Ints = slice(None) if len(lanes) == state.batch else lanes
-        present = state.valid if lanes is self._everyone else (state.valid & part[:, None])[by_lane]
+        present = None  # where nothing has to be left out
+        if lanes is not self._everyone:
+            present = (state.valid & part[:, None])[by_lane]
+        elif not self._complete:
+            present = state.valid
         read = self._read(plan, ask)
         where = self._positions(read[by_lane], least=1)
         only_window = read is ask.window
         arrays: dict[str, np.ndarray] = {
             "lanes": lanes,
             "tokens": wider(state.tokens[by_lane]),
-            "rows": self._positions(plan.row_mask[by_lane] & present, least=1),
+            "rows": self._positions(_within(plan.row_mask[by_lane], present), least=1),
             "live": part[by_lane],
             "where": where,
             "window": where < state.slots if only_window else _at(wider(ask.window[by_lane]), where),
@@ -53,7 +57,7 @@ class Inputs:
         if plan.start is not None:
             arrays["start"] = plan.start[by_lane].astype(np.int64)
         for name, mask in plan.sets.items():
-            arrays[f"set {name}"] = self._positions(mask[by_lane] & present)
+            arrays[f"set {name}"] = self._positions(_within(mask[by_lane], present))
         for name, flag in plan.flags.items():
             arrays[f"flag {name}"] = self._with_dump(flag)[by_lane]
         for name, flag in ask.flags.items():
@@ -129,16 +133,18 @@ class Inputs:
         """Ascending positions (lanes, n), n padded to a bucket; a list may be empty unless `least` is 1."""
         return positions(mask, self.state.slots, self._padded, least)
 
-    def _padded(self, n: int) -> int:
-        """The bucket of a list of `n` positions; an empty list stays empty."""
-        if n == 0 or not self.buckets:
-            return n
-        at = bisect_left(self.buckets, n)
-        return min(self.buckets[at], self.state.slots) if at < len(self.buckets) else self.state.slots
-
     def _with_dump(self, flag: np.ndarray) -> np.ndarray:
         """A (batch, slots) flag with a last column of 0 for the dump slot."""
         return wider(flag) if flag.shape == self.state.valid.shape else flag
+
+
+def padded_sizes(slots: int, buckets: Sequence[int]) -> list[int]:
+    """The bucket of a list of 0, 1, ... `slots` positions, no more than `slots`; an empty list stays empty."""
+    n = np.arange(slots + 1)
+    if buckets:
+        n[1:] = np.array([*(b for b in buckets if b < slots), slots])[np.searchsorted(buckets, n[1:])]
+    sizes: list[int] = n.tolist()
+    return sizes
 
 
 def wider(x: np.ndarray) -> np.ndarray:
@@ -146,6 +152,11 @@ def wider(x: np.ndarray) -> np.ndarray:
     table = np.zeros((x.shape[0], x.shape[1] + 1), x.dtype)
     table[:, :-1] = x
     return table
+
+
+def _within(mask: Bools, present: Bools | None) -> Bools:
+    """`mask` without what is not present; None leaves nothing out."""
+    return mask if present is None else mask & present
 
 
 def _at(table: np.ndarray, where: Ints) -> np.ndarray:

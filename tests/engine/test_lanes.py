@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dcache.decode import decode
 from dcache.engine import Engine
+from dcache.engine.inputs import padded_sizes
 from dcache.engine.layer import Layer
 from dcache.plugins import make_policy, make_unmasker
 from dcache.policy import CachePolicy
@@ -121,3 +122,13 @@ def test_own_tensors_are_found_by_lane() -> None:
     decode(Engine(MODEL, policy, unmasker), State(MODEL.spec, [[1], [2], [3]], [5, 1, 3]))
     layers = MODEL.spec.n_layers
     assert policy.found[::layers] == [[0, 1, 2], [0, 2], [0, 2], [0], [0]]
+
+
+@given(slots=st.integers(1, 40), buckets=st.lists(st.integers(1, 50), unique=True).map(sorted))
+def test_a_list_gets_the_first_bucket_that_holds_it_and_no_more_than_the_slots(slots: int, buckets: list[int]) -> None:
+    sizes = padded_sizes(slots, buckets)
+    assert len(sizes) == slots + 1
+    assert sizes[0] == 0
+    for n in range(1, slots + 1):
+        assert sizes[n] == (min([b for b in buckets if b >= n] + [slots]) if buckets else n)
+        assert n <= sizes[n] <= slots
