@@ -21,7 +21,7 @@ sequences of a batch are independent unless ``couple_batch``. ``docs/policies/d2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -110,7 +110,7 @@ class D2Cache(CachePolicy):
             self._recall(state)
             selection = self._select(state, state.seen.reports)
             if self.selection is not None and not all(self.ran.tolist()):  # what has not run keeps its own
-                both = zip(selection, self.selection, strict=True)
+                both: Iterable[tuple[np.ndarray, np.ndarray]] = zip(selection, self.selection, strict=True)
                 selection = Selection(*(np.where(self.ran[:, None], now, before) for now, before in both))
             self.selection = selection
             rows = selection.rows | begins[:, None] if any(begins.tolist()) else selection.rows

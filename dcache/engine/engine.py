@@ -520,9 +520,10 @@ class Engine:
             "confidence": picks.confidence.to(torch.float32).masked_fill(~predicted, float("-inf")),
             "commit": picks.commit,
             "eligible": asked.eligible,
-            "remask": torch.zeros_like(real) if picks.remask is None else picks.remask & real,
             "bad": (~finite & predicted).any(-1),
         }
+        if picks.remask is not None:
+            results["remask"] = picks.remask & real
         return results | self._accounts(current)
 
     def _accounts(self, current: Pass) -> dict[str, Tensor]:
@@ -581,7 +582,7 @@ class Engine:
             tokens=landing.spread("tokens", out),
             taken=landing.spread("commit", out),
             confidence=landing.spread("confidence", out),
-            remask=landing.spread("remask", out),
+            remask=landing.spread("remask", out) if "remask" in out else landing.shown["remask"],
             reports=self._reports(books, out, arrays, before),
         )
 
