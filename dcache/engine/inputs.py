@@ -12,6 +12,8 @@ from dcache.policy import Plan
 from dcache.state import State
 from dcache.unmasking.base import Ask
 
+# Rows, of all lanes together, up to which a product costs little more than reading its weights
+FEW_TOGETHER = 128
 LANE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -27,7 +29,8 @@ class Inputs:
         self.state, self.buckets = state, sorted(buckets)
         self._everyone = np.arange(state.batch)
         self._complete = bool(state.valid.all())
-        self._padded = padded_sizes(state.slots, self.buckets).__getitem__
+        self._sizes = padded_sizes(state.slots, self.buckets)
+        self._row_sizes: dict[int, list[int]] = {}  # by the number of lanes
 
     def arrays(self, plan: Plan, ask: Ask) -> dict[str, np.ndarray]:
         """Every array that the pass reads, by lane. Positions are padded with the number of slots."""
@@ -47,7 +50,7 @@ class Inputs:
         arrays: dict[str, np.ndarray] = {
             "lanes": lanes,
             "tokens": wider(state.tokens[by_lane]),
-            "rows": self._positions(_within(plan.row_mask[by_lane], present), least=1),
+            "rows": self._rows(_within(plan.row_mask[by_lane], present)),
             "live": part[by_lane],
             "where": where,
             "window": where < state.slots if only_window else _at(wider(ask.window[by_lane]), where),
@@ -131,7 +134,14 @@ class Inputs:
 
     def _positions(self, mask: Bools, least: int = 0) -> Ints:
         """Ascending positions (lanes, n), n padded to a bucket; a list may be empty unless `least` is 1."""
-        return positions(mask, self.state.slots, self._padded, least)
+        return positions(mask, self.state.slots, self._sizes.__getitem__, least)
+
+    def _rows(self, mask: Bools) -> Ints:
+        """The same for the rows of the pass, at least one, with buckets for what the lanes have together."""
+        sizes = self._row_sizes.get(len(mask))
+        if sizes is None:
+            sizes = self._row_sizes[len(mask)] = padded_together(self._sizes, self.buckets, len(mask))
+        return positions(mask, self.state.slots, sizes.__getitem__, least=1)
 
     def _with_dump(self, flag: np.ndarray) -> np.ndarray:
         """A (batch, slots) flag with a last column of 0 for the dump slot."""
@@ -145,6 +155,20 @@ def padded_sizes(slots: int, buckets: Sequence[int]) -> list[int]:
         n[1:] = np.array([*(b for b in buckets if b < slots), slots])[np.searchsorted(buckets, n[1:])]
     sizes: list[int] = n.tolist()
     return sizes
+
+
+def padded_together(sizes: list[int], buckets: Sequence[int], lanes: int) -> list[int]:
+    """The bucket of 0, 1, ... rows in each of the lanes: as in `sizes`, or less if the rows of all fill a smaller one.
+
+    A product sees the rows of all lanes. From `FEW_TOGETHER` on its time grows with them, and eight times a few rows of
+    padding is much; below, a smaller size would save nothing and be one more shape to record.
+    """
+    large = np.array([b for b in buckets if b >= FEW_TOGETHER], dtype=np.int64)
+    most = int(large[-1]) // lanes if len(large) else 0
+    n = np.arange(min(most, len(sizes) - 1) + 1)
+    together = large[np.searchsorted(large, n * lanes)] // lanes if len(large) else n
+    smaller: list[int] = np.minimum(sizes[: len(n)], together).tolist()
+    return smaller + sizes[len(n) :]
 
 
 def wider(x: np.ndarray) -> np.ndarray:

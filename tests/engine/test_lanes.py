@@ -1,6 +1,7 @@
 """A pass runs the sequences that take part in it: finished ones, and those without a refresh, stop costing work."""
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dcache.decode import decode
-from dcache.engine import Engine
-from dcache.engine.inputs import padded_sizes
+from dcache.engine import Engine, inputs
+from dcache.engine.engine import GPU_BUCKETS
+from dcache.engine.inputs import FEW_TOGETHER, padded_sizes, padded_together
 from dcache.engine.layer import Layer
 from dcache.plugins import make_policy, make_unmasker
 from dcache.policy import CachePolicy
@@ -74,12 +76,14 @@ def test_lanes_are_padded_to_buckets_by_finished_sequences() -> None:
 @given(
     gens=st.lists(st.integers(1, 14), min_size=1, max_size=5),
     policy=st.sampled_from(POLICIES),
-    buckets=st.sampled_from([(), (8, 64)]),
+    buckets=st.sampled_from([(), (8, 64), (8, 20, 64, 90)]),
+    few=st.sampled_from([8, inputs.FEW_TOGETHER]),
 )
 def test_what_is_left_of_a_batch_decodes_as_it_would_alone(
-    gens: list[int], policy: str, buckets: tuple[int, ...]
+    gens: list[int], policy: str, buckets: tuple[int, ...], few: int
 ) -> None:
-    trace, state, _ = go(policy, gens, buckets, maps=True)
+    with patch.object(inputs, "FEW_TOGETHER", few):
+        trace, state, _ = go(policy, gens, buckets, maps=True)
     for b in range(len(gens)):
         alone = State(MODEL.spec, [list(range(1, 4 + b))], gens[b], ids=[b])
         unmasker = make_unmasker("low-confidence", Sampling(after_end="decode"))
@@ -132,3 +136,24 @@ def test_a_list_gets_the_first_bucket_that_holds_it_and_no_more_than_the_slots(s
     for n in range(1, slots + 1):
         assert sizes[n] == (min([b for b in buckets if b >= n] + [slots]) if buckets else n)
         assert n <= sizes[n] <= slots
+
+
+@given(slots=st.integers(1, 3000), lanes=st.integers(1, 64), data=st.data())
+def test_the_rows_of_several_lanes_fill_a_bucket_together(slots: int, lanes: int, data: st.DataObject) -> None:
+    own = padded_sizes(slots, GPU_BUCKETS)
+    sizes = padded_together(own, GPU_BUCKETS, lanes)
+    assert len(sizes) == slots + 1
+    assert sizes[0] == 0
+    n = data.draw(st.integers(1, slots))
+    together = [b // lanes for b in GPU_BUCKETS if b >= max(n * lanes, FEW_TOGETHER)]
+    assert sizes[n] == min([own[n], *together])
+    assert sizes[n] >= n
+    if lanes == 1:
+        assert sizes == own
+
+
+def test_lanes_have_no_more_rows_than_the_bucket_of_them_all() -> None:
+    sizes = padded_sizes(1280, GPU_BUCKETS)
+    assert [padded_together(sizes, GPU_BUCKETS, 8)[n] for n in (5, 20, 53, 190, 240)] == [16, 20, 54, 192, 240]
+    assert padded_together(sizes, (), 8) == sizes
+    assert padded_together([0, 8, 8, 8], (8, 64), 2) == [0, 8, 8, 8]
