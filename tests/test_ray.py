@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,9 @@ def test_ctrl_c_ends_the_workers_and_another_launcher_continues(cluster, model, 
     command += f" --gen-length 16 --block-length 8 --out {tmp_path} --launcher ray --ray-address {address} --workers 1"
     environment = os.environ | {"PYTHONPATH": str(Path(dcache.__file__).parents[1]), MARK: str(tmp_path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command.split(), env=environment, cwd=tmp_path, **pipes) as process:
+    # what a shell starts in the background ignores the signal, and its children do: this test must not, run there
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command.split(), env=environment, cwd=tmp_path, preexec_fn=heeds, **pipes) as process:
         try:
             until(lambda: process.poll() is not None or (file.exists() and file.read_bytes().count(b"\n") > 4), 120)
             working = alive(tmp_path)
