@@ -145,9 +145,9 @@ class D2Cache(CachePolicy):
     def _recall(self, state: State) -> None:
         """Take over the confidences that the released code keeps, those of the first step, or all."""
         assert state.seen is not None
-        if self.config.confidence == "latest" or 1 in state.step.tolist():
-            wanted = (state.step == 1) | (self.config.confidence == "latest")
-            fresh = self.masked & np.isfinite(state.seen.confidence) & wanted[:, None]
+        wanted = [step == 1 or self.config.confidence == "latest" for step in state.step.tolist()]
+        if any(wanted):
+            fresh = self.masked & np.isfinite(state.seen.confidence) & np.array(wanted)[:, None]
             self.confidence = np.where(fresh, state.seen.confidence, self.confidence)
 
     def _select(self, state: State, reports: Mapping[str, np.ndarray]) -> Selection:

@@ -29,8 +29,7 @@ class Inputs:
         self.state, self.buckets = state, sorted(buckets)
         self._everyone = np.arange(state.batch)
         self._complete = bool(state.valid.all())
-        self._sizes = padded_sizes(state.slots, self.buckets)
-        self._row_sizes: dict[int, list[int]] = {}  # by the number of lanes
+        self._sizes: dict[int, list[int]] = {}  # by the number of lanes that share a bucket
 
     def arrays(self, plan: Plan, ask: Ask) -> dict[str, np.ndarray]:
         """Every array that the pass reads, by lane. Positions are padded with the number of slots."""
@@ -50,7 +49,7 @@ class Inputs:
         arrays: dict[str, np.ndarray] = {
             "lanes": lanes,
             "tokens": wider(state.tokens[by_lane]),
-            "rows": self._rows(_within(plan.row_mask[by_lane], present)),
+            "rows": self._positions(_within(plan.row_mask[by_lane], present), least=1, lanes=len(lanes)),
             "live": part[by_lane],
             "where": where,
             "window": where < state.slots if only_window else _at(wider(ask.window[by_lane]), where),
@@ -132,43 +131,47 @@ class Inputs:
         shown = shown[lanes, None] if shown.ndim == 2 else shown[:, lanes]
         return np.asarray(shown & valid[:, None])
 
-    def _positions(self, mask: Bools, least: int = 0) -> Ints:
-        """Ascending positions (lanes, n), n padded to a bucket; a list may be empty unless `least` is 1."""
-        return positions(mask, self.state.slots, self._sizes.__getitem__, least)
+    def _positions(self, mask: Bools, least: int = 0, lanes: int = 1) -> Ints:
+        """Ascending positions (lanes, n), n padded to a bucket; a list may be empty unless `least` is 1.
 
-    def _rows(self, mask: Bools) -> Ints:
-        """The same for the rows of the pass, at least one, with buckets for what the lanes have together."""
-        sizes = self._row_sizes.get(len(mask))
+        With `lanes`, the lists of so many lanes may share one.
+        """
+        sizes = self._sizes.get(lanes)
         if sizes is None:
-            sizes = self._row_sizes[len(mask)] = padded_together(self._sizes, self.buckets, len(mask))
-        return positions(mask, self.state.slots, sizes.__getitem__, least=1)
+            sizes = self._sizes[lanes] = padded_sizes(self.state.slots, self.buckets, lanes)
+        return positions(mask, self.state.slots, sizes.__getitem__, least)
 
     def _with_dump(self, flag: np.ndarray) -> np.ndarray:
         """A (batch, slots) flag with a last column of 0 for the dump slot."""
         return wider(flag) if flag.shape == self.state.valid.shape else flag
 
 
-def padded_sizes(slots: int, buckets: Sequence[int]) -> list[int]:
-    """The bucket of a list of 0, 1, ... `slots` positions, no more than `slots`; an empty list stays empty."""
-    n = np.arange(slots + 1)
-    if buckets:
-        n[1:] = np.array([*(b for b in buckets if b < slots), slots])[np.searchsorted(buckets, n[1:])]
-    sizes: list[int] = n.tolist()
-    return sizes
+def padded_sizes(slots: int, buckets: Sequence[int], lanes: int = 1) -> list[int]:
+    """To how many places a list of 0, 1, ... `slots` positions is padded; an empty one stays empty.
 
+    That is the first bucket that holds it, or `slots`. Where all `lanes` together fill a smaller bucket, it is their
+    share of that: a product sees the rows of all of them, and from `FEW_TOGETHER` on its time grows with them. Below, a
+    smaller size would save nothing and be one more shape to record.
 
-def padded_together(sizes: list[int], buckets: Sequence[int], lanes: int) -> list[int]:
-    """The bucket of 0, 1, ... rows in each of the lanes: as in `sizes`, or less if the rows of all fill a smaller one.
-
-    A product sees the rows of all lanes. From `FEW_TOGETHER` on its time grows with them, and eight times a few rows of
-    padding is much; below, a smaller size would save nothing and be one more shape to record.
+    Args:
+        slots: of the canvas; no list is longer.
+        buckets: ascending; none takes exact sizes.
+        lanes: how many lists there are, of which the longest counts.
     """
-    large = np.array([b for b in buckets if b >= FEW_TOGETHER], dtype=np.int64)
-    most = int(large[-1]) // lanes if len(large) else 0
-    n = np.arange(min(most, len(sizes) - 1) + 1)
-    together = large[np.searchsorted(large, n * lanes)] // lanes if len(large) else n
-    smaller: list[int] = np.minimum(sizes[: len(n)], together).tolist()
-    return smaller + sizes[len(n) :]
+    if not buckets:
+        return list(range(slots + 1))
+    n = np.arange(1, slots + 1)
+    sizes = _first_of(buckets, n, otherwise=slots)
+    if lanes > 1:
+        large = [b for b in buckets if b >= FEW_TOGETHER]
+        sizes = np.minimum(sizes, _first_of(large, n * lanes, otherwise=slots * lanes) // lanes)
+    return [0, *sizes.tolist()]
+
+
+def _first_of(buckets: Sequence[int], n: Ints, otherwise: int) -> Ints:
+    """The first bucket that is no smaller than `n` (k,); `otherwise` where there is none, and at most."""
+    first: Ints = np.array([*buckets, otherwise])[np.searchsorted(buckets, n)]
+    return np.minimum(first, otherwise)
 
 
 def wider(x: np.ndarray) -> np.ndarray:

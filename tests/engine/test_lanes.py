@@ -13,7 +13,7 @@ from torch import Tensor
 from dcache.decode import decode
 from dcache.engine import Engine, inputs
 from dcache.engine.engine import GPU_BUCKETS
-from dcache.engine.inputs import FEW_TOGETHER, padded_sizes, padded_together
+from dcache.engine.inputs import FEW_TOGETHER, padded_sizes
 from dcache.engine.layer import Layer
 from dcache.plugins import make_policy, make_unmasker
 from dcache.policy import CachePolicy
@@ -141,7 +141,7 @@ def test_a_list_gets_the_first_bucket_that_holds_it_and_no_more_than_the_slots(s
 @given(slots=st.integers(1, 3000), lanes=st.integers(1, 64), data=st.data())
 def test_the_rows_of_several_lanes_fill_a_bucket_together(slots: int, lanes: int, data: st.DataObject) -> None:
     own = padded_sizes(slots, GPU_BUCKETS)
-    sizes = padded_together(own, GPU_BUCKETS, lanes)
+    sizes = padded_sizes(slots, GPU_BUCKETS, lanes)
     assert len(sizes) == slots + 1
     assert sizes[0] == 0
     n = data.draw(st.integers(1, slots))
@@ -153,7 +153,8 @@ def test_the_rows_of_several_lanes_fill_a_bucket_together(slots: int, lanes: int
 
 
 def test_lanes_have_no_more_rows_than_the_bucket_of_them_all() -> None:
-    sizes = padded_sizes(1280, GPU_BUCKETS)
-    assert [padded_together(sizes, GPU_BUCKETS, 8)[n] for n in (5, 20, 53, 190, 240)] == [16, 20, 54, 192, 240]
-    assert padded_together(sizes, (), 8) == sizes
-    assert padded_together([0, 8, 8, 8], (8, 64), 2) == [0, 8, 8, 8]
+    sizes = padded_sizes(1280, GPU_BUCKETS, 8)
+    assert [sizes[n] for n in (5, 20, 53, 190, 240)] == [16, 20, 54, 192, 240]
+    assert padded_sizes(4, (), 8) == [0, 1, 2, 3, 4]
+    few = padded_sizes(100, (8, 64), 2)  # no bucket of `FEW_TOGETHER`, so each has its own
+    assert [few[n] for n in (5, 9, 70)] == [8, 64, 100]

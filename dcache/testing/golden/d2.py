@@ -93,10 +93,8 @@ class D2Case(LoopCase):
     @property
     def _ends(self) -> bool:
         """Whether an end of the text was committed."""
-        ends = {i for name in ("eos_token_id", "eot_token_id") if (i := self.settings.get(name)) is not None} or {126}
-        return any(
-            token in ends for step in self.data["steps"] for commits in step["commit"] for _, token in commits or ()
-        )
+        committed = (c for step in self.data["steps"] for commits in step["commit"] for c in commits or ())
+        return any(token in self.end_ids for _, token in committed)
 
     @property
     def _guesses(self) -> bool:

@@ -51,9 +51,7 @@ class DLLMCacheCase(LoopCase):
 
     def check(self) -> None:
         """Commits, final canvases, rows, selections, similarities and logits; and the uncached run."""
-        s = self.settings
-        ends = tuple(i for i in (s.get("eos_token_id"), s.get("eot_token_id")) if i is not None) or (126,)
-        model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], ends)
+        model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], self.end_ids)
         state, watched = (
             self._state(model, self.pads),
             Stored(recorded_unmasker(self.data, model.spec.vocab_size), WRITTEN_BY),
@@ -68,7 +66,7 @@ class DLLMCacheCase(LoopCase):
                     self._compare_stores(watched.stores[max(i - 1, 0) : i + 1], recorded, b, pad)
                     self._compare_logits(i, watched, recorded, b, pad)
         if self.data.get("no_cache_final"):
-            self._check_uncached(ends)
+            self._check_uncached()
 
     def _compare_layers(self, step: Step, recorded: Mapping[str, Any], b: int, pad: int) -> None:
         """Rows computed and values written; a tie in the selection is excused."""

@@ -28,6 +28,7 @@ from dcache.testing.golden.base import (
 from dcache.testing.golden.unmaskers import recorded_unmasker, unknown_settings
 from dcache.trace import Step
 
+TINY_END = 126  # end-of-text of the tiny models of the recordings
 OTHER_SCORES = ("topk_margin", "entropy", "random")  # recorded as the confidence, which dcache reports whatever ranks
 
 
@@ -68,6 +69,12 @@ class LoopCase(Case):
         return left_padding(self.data)
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text; where the settings name none, that of the tiny models."""
+        named = (self.settings.get(name) for name in ("eos_token_id", "eot_token_id"))
+        return tuple(i for i in named if i is not None) or (TINY_END,)
+
+    @property
     def gen_length(self) -> int:
         """Rows generated."""
         return int(self.settings.get("gen_length") or self.settings["max_new_tokens"])
@@ -104,16 +111,14 @@ class LoopCase(Case):
 
     def check(self) -> None:
         """Rows, commits and tokens of every step; confidences and logits where recorded; the final canvases."""
-        s = self.settings
-        ends = tuple(i for i in (s.get("eos_token_id"), s.get("eot_token_id")) if i is not None)
-        model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], ends or (126,))
+        model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], self.end_ids)
         state, watched = self._state(model, self.pads), Watched(recorded_unmasker(self.data, model.spec.vocab_size))
         trace = decode(Engine(model.transformer, self.policy(), watched, debug=True), state)
         self._compare_commits(trace)
         self._compare_final("final", state, self.pads)
         self._compare_passes(trace, watched)
         if self.data.get("no_cache_final"):
-            self._check_uncached(ends or (126,))
+            self._check_uncached()
 
     def _state(self, model: Model, pads: Sequence[int]) -> State:
         """The canvas before the first step, without so much padding."""
@@ -121,10 +126,10 @@ class LoopCase(Case):
         guided = bool(self.settings.get("cfg_scale"))
         return self.canvas(model.spec, prompts, self.gen_length, self.block_length, guided=guided)
 
-    def _check_uncached(self, ends: tuple[int, ...]) -> None:
+    def _check_uncached(self) -> None:
         """The same decoder without a cache."""
         folder, pads = (self.file.parent / self.data["weights"]).resolve(), left_padding(self.data)
-        model = Case.model(self, folder, self.data["mask_id"], ends)
+        model = Case.model(self, folder, self.data["mask_id"], self.end_ids)
         state = self._state(model, pads)
         unmasker = recorded_unmasker(self.data, model.spec.vocab_size)
         decode(Engine(model.transformer, NoCache(), unmasker, debug=True), state)

@@ -77,7 +77,7 @@ class SPACase(LoopCase):
         return True
 
     @property
-    def ends(self) -> tuple[int, ...]:
+    def end_ids(self) -> tuple[int, ...]:
         """What a text is padded with comes first."""
         s = self.settings
         return tuple(dict.fromkeys((s["pad_id"], *s["eot_ids"])))
@@ -106,7 +106,7 @@ class SPACase(LoopCase):
 
     def check(self) -> None:
         """Budgets, proxies, and all of every step; the final canvases."""
-        model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], self.ends)
+        model = self.model((self.file.parent / self.data["weights"]).resolve(), self.data["mask_id"], self.end_ids)
         policy, spec = self.policy(), model.spec
         close("ratios", torch.tensor(policy.config.of(spec.n_layers, spec.shift)), self._ratios, RATIO_TOLERANCE)
         state, watched = self._state(model, self.pads), Watched(recorded_unmasker(self.data, spec.vocab_size))
@@ -121,7 +121,7 @@ class SPACase(LoopCase):
         self._compare_final("final", state, self.pads)
         self._compare_passes(trace, watched)
         if self.data.get("no_cache_final"):
-            self._check_uncached(self.ends)
+            self._check_uncached()
 
     @property
     def _ratios(self) -> Tensor:
