@@ -66,25 +66,24 @@ def highest(score: np.ndarray, among: Bools, count: Ints | int) -> Bools:
     return chosen
 
 
-def heaviest(weight: np.ndarray, among: Bools, share: float, beyond: bool = False) -> Bools:
+def heaviest(weight: np.ndarray, falling: Ints, among: Bools, share: float, beyond: bool = False) -> Bools:
     """Mark those of `among` (batch, n) with the highest weights (batch, n), as many as make up a `share` of all.
 
     Args:
-        weight: none is negative; ties go left. Their sums are taken in float64.
+        weight: none is negative. Their sums are taken in float64.
+        falling: (batch, n) positions by falling weight, as the device sorted them while it was busy with other things;
+            of equal weights the earlier one is marked first.
         among: what is weighed.
         share: of the sum of their weights, and of 1e-9 more.
         beyond: also mark the one that passes the share; otherwise the sum stays within it, unless one alone passes.
     """
     chosen = np.zeros(among.shape, dtype=bool)
-    for b, row in enumerate(among):
-        index = row.nonzero()[0]
+    for b, order in enumerate(falling):
+        index = order[among[b].take(order)]
         if len(index):
-            value = weight[b].take(index)
-            falling = np.sort(value)[::-1]
-            mass = falling.cumsum(dtype=np.float64)
+            mass = weight[b].take(index).cumsum(dtype=np.float64)
             within = int(mass.searchsorted(share * (mass[-1] + 1e-9), "right"))
-            wanted = min(within + 1, len(index)) if beyond else max(within, 1)
-            chosen[b][index[_reaching(falling[wanted - 1], value, wanted)]] = True
+            chosen[b][index[: within + 1 if beyond else max(within, 1)]] = True
     return chosen
 
 

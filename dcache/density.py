@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dcache.arrays import Bools
+from dcache.arrays import Bools, places
 from dcache.state import State
 
 VANISHES = 39  # standard deviations after which exp(-x²/2) is 0 in float64, so leaving it out changes nothing
@@ -29,40 +29,66 @@ def certainty_density(known: Bools, sigma: float) -> NDArray[np.float64]:
     Returns:
         (n,) float64, from 0 (nothing known within reach) to about 1.
     """
-    kernel, side, total = _gaussian(len(known), float(sigma))
-    reach = len(kernel) // 2
-    here = known.astype(np.float64)
-    density: NDArray[np.float64]
-    if reach == len(known) - 1:  # the part below, without the rest: half the work
-        density = np.convolve(kernel, here, "valid")
-    else:
-        density = np.convolve(here, kernel)[reach : reach + len(known)]
-    density += side
-    if known[-1]:
-        density += side[::-1]
-    density /= total
-    return density
+    bell, side = _gaussian(len(known), float(sigma))
+    reach = len(bell) // 2
+    density: NDArray[np.float64] = np.convolve(known.astype(np.float64), bell)[reach : reach + len(known)] + side
+    return density + side[::-1] if known[-1] else density
 
 
-def densities(state: State, known: Bools, sigma: float) -> NDArray[np.float64]:
-    """(batch, slots) float64: `certainty_density` of each generation region, 0 elsewhere; `known` (batch, slots)."""
-    out = np.zeros(known.shape)
-    for b, (begin, end) in enumerate(zip(state.gen_start.tolist(), state.lengths.tolist(), strict=True)):
-        out[b, begin:end] = _kept_density(known[b, begin:end].tobytes(), sigma)
-    return out
+class Densities:
+    """`certainty_density` of each generation region of a batch, kept up to date while it is decoded.
+
+    A token that becomes known adds its Gaussian to what is there, so that a step costs little, between two passes. The
+    sum is that of `certainty_density` but for rounding, since it is taken in the order of commits.
+
+    Args:
+        state: the batch, before its first step.
+        sigma: as for `certainty_density`.
+    """
+
+    def __init__(self, state: State, sigma: float):
+        self._state, self._sigma = state, float(sigma)
+        self._regions = list(zip(state.gen_start.tolist(), state.lengths.tolist(), strict=True))
+        self._known: Bools = state.prompt.copy()
+        self._table = np.zeros(state.valid.shape)
+        for b in range(state.batch):
+            self._sum_up(b)
+        self._shown = self._table.view()
+        self._shown.setflags(write=False)
+
+    def now(self) -> NDArray[np.float64]:
+        """(batch, slots) float64, 0 outside the regions; it changes with the next call."""
+        news = places(self._state.known != self._known).tolist()
+        if news:
+            self._known = self._state.known.copy()
+            lost = set()
+            for b, place in (divmod(at, self._state.slots) for at in news):
+                if self._known[b, place]:
+                    self._add(b, place)
+                else:
+                    lost.add(b)
+            for b in lost:
+                self._sum_up(b)
+        return self._shown
+
+    def _add(self, b: int, place: int) -> None:
+        """The Gaussian of a token at `place`, and what stands behind the region if that is its end."""
+        begin, end = self._regions[b]
+        bell, side = _gaussian(end - begin, self._sigma)
+        left, right = max(begin, place - len(bell) // 2), min(end, place + len(bell) // 2 + 1)
+        centre = place - len(bell) // 2
+        self._table[b, left:right] += bell[left - centre : right - centre]
+        if place == end - 1:
+            self._table[b, begin:end] += side[::-1]
+
+    def _sum_up(self, b: int) -> None:
+        begin, end = self._regions[b]
+        self._table[b, begin:end] = certainty_density(self._known[b, begin:end], self._sigma)
 
 
 @lru_cache(maxsize=64)
-def _kept_density(known: bytes, sigma: float) -> NDArray[np.float64]:
-    """`certainty_density` of bools as bytes: in a step of d²Cache the policy and the unmasker ask for the same one."""
-    density = certainty_density(np.frombuffer(known, dtype=bool), sigma)
-    density.setflags(write=False)  # callers copy from it
-    return density
-
-
-@lru_cache(maxsize=64)
-def _gaussian(n: int, sigma: float) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """Kernel (2 * reach + 1,), weight of a known left piece at each position (n,), and the divisor."""
+def _gaussian(n: int, sigma: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Share of the whole that is added by a known token (2 * reach + 1,), and by a known left piece (n,)."""
 
     def g(distance: np.ndarray) -> NDArray[np.float64]:
         with np.errstate(over="ignore"):  # of a tiny sigma; what is far then weighs 0
@@ -72,4 +98,5 @@ def _gaussian(n: int, sigma: float) -> tuple[NDArray[np.float64], NDArray[np.flo
     reach = min(n - 1, int(np.ceil(VANISHES * sigma)))
     beyond = np.append(np.cumsum(g(np.arange(2 * n))[::-1])[::-1], 0)  # g over d..2n-1: differences never negative
     side = beyond[1 : n + 1] - beyond[n + 1 :]  # at position i, a known left piece is i + 1 to i + n away
-    return g(np.arange(-reach, reach + 1)), side, float(g(np.arange(-3 * n, 3 * n)).sum())
+    whole = float(g(np.arange(-3 * n, 3 * n)).sum())
+    return g(np.arange(-reach, reach + 1)) / whole, side / whole

@@ -7,9 +7,9 @@ first pass computes everything, each later one the rows chosen after the pass be
 
 ====================  ===================================================================================
 ``M*``                ``Selection.prior``: up to ``current_k`` masked positions
-``D(i)``, ``sigma``   `densities`: how much around a position is known
+``D(i)``, ``sigma``   `Densities`: how much around a position is known
 ``N``                 ``state.changed``: committed by the previous step; the paper does not mention them
-``C^L``, ``v``        report "importance": column sums of the rollout, one per key position
+``C^L``, ``v``        report "importance": column sums of the rollout, one per key position; "falling": their order
 ``U``, ``p``          ``Selection.nucleus``, ``rollout_p``
 ====================  ===================================================================================
 
@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dcache.arrays import Bools, Floats, close_gaps, heaviest, highest
-from dcache.density import densities
+from dcache.density import Densities
 from dcache.policy import CachePolicy, Plan, PolicyConfig, State
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ class D2Cache(CachePolicy):
         """Nothing is known of any position."""
         self.selection: Selection | None = None
         self.border = state.prompt & state.rows_for(~state.prompt)  # the last prompt row, where it predicts
+        self.inside = ~self.border
+        self.density = Densities(state, self.config.sigma)
         self.confidence = np.zeros(state.valid.shape)  # of the masked positions
         self.masked, self.block, self.ran = state.masked, state.block, state.active  # as the previous `plan` saw them
         self._passed: list[tuple[Layer, Tensor, Tensor]] = []  # of the running pass: layer, rows, queries
@@ -128,7 +130,9 @@ class D2Cache(CachePolicy):
             self._passed = [*(self._passed if at.index else ()), (at, rows, at.q)]
             if at.last:
                 with at.aside():
-                    at.report("importance", self._rollout(), per_layer=False)
+                    importance = self._rollout()
+                    at.report("importance", importance, per_layer=False)
+                    at.report("falling", importance.argsort(dim=1, descending=True, stable=True), per_layer=False)
         return out, h
 
     def _rollout(self) -> Tensor:
@@ -154,15 +158,16 @@ class D2Cache(CachePolicy):
         """Both stages, for the pass to come."""
         score, prior = self._prior(state)
         reads = state.rows_for(prior)
-        early = reads & ~self.border | state.changed
-        importance = reports["importance"]
-        nucleus = self._nucleus(importance, state.valid & ~early)
-        rows = close_gaps((early | nucleus) & ~self.border | reads & self.border, self.config.inflate_w)
+        early = reads & self.inside | state.changed
+        importance, falling, above = reports["importance"], reports["falling"], self.config.nucleus == "above"
+        # stage 2 (section 3.3): the most attended of the other rows, a share of their mass
+        nucleus = heaviest(importance, falling, state.valid & ~early, self.config.rollout_p, beyond=above)
+        rows = close_gaps(reads | state.changed | nucleus & self.inside, self.config.inflate_w)
         return Selection(score, prior, importance, early, nucleus, rows)
 
     def _prior(self, state: State) -> tuple[NDArray[np.float64], Bools]:
         """Stage 1 (section 3.2): score of every position, and M*."""
-        score, search = self.confidence * densities(state, state.known, self.config.sigma), state.masked
+        score, search = self.confidence * self.density.now(), state.masked
         if self.config.search != "all":
             block = self.block & self.masked if self.config.search == "released" else state.block
             top = score[self.ran].max() if self.config.couple_batch else score.max(1, keepdims=True)
@@ -184,10 +189,6 @@ class D2Cache(CachePolicy):
             size, start = (len(left), int(left[0])) if len(left) else (1, begin)
             search[b, start : begin + ((last - begin) // size + 1) * size] = True
         return search
-
-    def _nucleus(self, importance: Floats, free: Bools) -> Bools:
-        """Stage 2 (section 3.3): the most attended of the `free` rows, a share `rollout_p` of their mass."""
-        return heaviest(importance, free, self.config.rollout_p, beyond=self.config.nucleus == "above")
 
     def _top_up(self, state: State, selection: Selection) -> Bools:
         """Rows added so that all active sequences compute as many: generated ones first, then by importance."""

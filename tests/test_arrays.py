@@ -1,13 +1,11 @@
 """Helpers on masks, against what they say, one row at a time."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dcache.arrays import Bools, first, heaviest, highest, leftmost, places, positions
-from dcache.density import _gaussian, certainty_density
 
 masks = st.tuples(st.integers(1, 3), st.integers(1, 12)).flatmap(lambda shape: arrays(np.bool_, shape))
 
@@ -46,21 +44,12 @@ def test_the_heaviest_are_counted_by_the_running_sum(
     mass = np.sort(np.where(among, weight, 0))[:, ::-1].cumsum(1)
     within = (mass <= share * (mass[:, -1:] + 1e-9)).sum(1)
     expected = highest(weight, among, within + 1 if beyond else np.maximum(within, 1))
-    assert (heaviest(weight, among, share, beyond) == expected).all()
+    assert (heaviest(weight, (-weight).argsort(1, kind="stable"), among, share, beyond) == expected).all()
 
 
 def test_weights_of_float32_are_summed_in_float64() -> None:
     weight = np.ones((1, 3001), dtype=np.float32)
     weight[0, 0] = 2**24  # plus 1 in float32 is the same
-    kept = heaviest(weight, np.ones(weight.shape, dtype=bool), (2**24 + 1500.5) / (2**24 + 3000))
+    order = np.arange(3001)[None]
+    kept = heaviest(weight, order, np.ones(weight.shape, dtype=bool), (2**24 + 1500.5) / (2**24 + 3000))
     assert kept.sum() == 1501
-
-
-@pytest.mark.parametrize(("n", "sigma"), [(1, 10.0), (7, 0.5), (40, 10.0), (300, 3.0), (300, 10.0)])
-def test_the_density_has_the_bits_of_the_whole_convolution(n: int, sigma: float) -> None:
-    """Scores that tie must go on tying, whichever part of the convolution is computed."""
-    known = np.random.default_rng(n).random(n) < 0.4
-    kernel, side, total = _gaussian(n, sigma)
-    inside = np.convolve(known.astype(np.float64), kernel)[len(kernel) // 2 :][:n]
-    expected = (inside + side + (side[::-1] if known[-1] else 0)) / total
-    assert np.array_equal(certainty_density(known, sigma), expected)

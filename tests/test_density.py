@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcache.density import certainty_density, densities
+from dcache.density import Densities, certainty_density
 from dcache.state import State
 from dcache.testing.models import random_model
 
@@ -37,10 +37,27 @@ def test_everything_known_has_density_one() -> None:
     assert density == pytest.approx(np.ones(64), abs=1e-9)  # short of one by what lies further than 64 positions away
 
 
-def test_each_sequence_of_a_batch_has_its_own_region() -> None:
+@given(
+    sigma=st.sampled_from([0.1, 1.0, 3.0, 40.0]),
+    steps=st.lists(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 7)), max_size=4), min_size=1, max_size=8),
+)
+def test_densities_kept_up_to_date_are_those_of_what_is_known(sigma: float, steps: list[list[tuple[int, int]]]) -> None:
+    """Each sequence of a batch has its own region; tokens come, several at once, and go again."""
     state = State(random_model().spec, [[1, 2, 3], [4]], [8, 6])
-    found = densities(state, state.known, 10.0)
-    assert found[0, 3:11] == pytest.approx(certainty_density(np.zeros(8, bool), 10.0))
-    assert found[1, 1:7] == pytest.approx(certainty_density(np.zeros(6, bool), 10.0))
-    assert found[0, :3].tolist() == [0, 0, 0]
-    assert found[1, 7:].tolist() == [0] * 4
+    kept = Densities(state, sigma)
+    for toggled in [[], *steps]:
+        state.known = state.known.copy()
+        for b, i in toggled:
+            place = state.gen_start[b] + i % state.gen_length[b]
+            state.known[b, place] ^= True
+        found = kept.now()
+        for b, (begin, end) in enumerate(((3, 11), (1, 7))):
+            assert found[b, begin:end] == pytest.approx(certainty_density(state.known[b, begin:end], sigma), rel=1e-12)
+            assert not found[b, :begin].any()
+            assert not found[b, end:].any()
+
+
+def test_nobody_else_writes_the_densities() -> None:
+    kept = Densities(State(random_model().spec, [[1]], [4]), 1.0)
+    with pytest.raises(ValueError, match="read-only"):
+        kept.now()[0, 1] = 1

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dcache.density import densities
+from dcache.density import Densities
 from dcache.state import State
 from dcache.unmasking.base import MOST, Ask, Asked, Picks, Unmasker
 from dcache.unmasking.sampling import Drawn, draw, gumbel
@@ -115,6 +115,12 @@ class Judged(Unmasker):
 
     config: Judging
 
+    def begin(self, net: Network, state: State) -> None:
+        """Nothing is known but the prompt."""
+        super().begin(net, state)
+        if self.config.sigma is not None:
+            self.density = Densities(state, self.config.sigma)
+
     def ask(self, state: State) -> Ask:
         """The masked rows of the block or window, and the density if it counts."""
         return self.asking(state)
@@ -122,7 +128,7 @@ class Judged(Unmasker):
     def asking(self, state: State, **flags: np.ndarray) -> Ask:
         """An `Ask` with the flags that `judged` needs."""
         if self.config.sigma is not None:
-            flags["density"] = densities(state, state.known, self.config.sigma).astype(np.float32)
+            flags["density"] = self.density.now().astype(np.float32)
         return ask_opening(state, self.config, **flags)
 
     def pick(self, logits: Tensor, at: Asked) -> Picks:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcache.density import densities
 from dcache.engine.layer import Layer
 from dcache.models.loading import Model
 from dcache.models.transformer import ModelSpec, Transformer
@@ -60,7 +59,7 @@ class Recorded(Filter):
         """All that the policy plans, without padding among the keys."""
         self.shift = state.spec.shift
         if self.d2.selection is not None:
-            self.selections.append((self.d2.selection, densities(state, state.known, self.d2.config.sigma)))
+            self.selections.append((self.d2.selection, self.d2.density.now().copy()))
         return replace(plan, visible=state.valid & (np.arange(state.slots) >= self.pads)) if self.pads.any() else plan
 
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
