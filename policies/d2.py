@@ -161,7 +161,7 @@ class D2Cache(CachePolicy):
         early = reads & self.inside | state.changed
         importance, falling, above = reports["importance"], reports["falling"], self.config.nucleus == "above"
         # stage 2 (section 3.3): the most attended of the other rows, a share of their mass
-        nucleus = heaviest(importance, falling, state.valid & ~early, self.config.rollout_p, beyond=above)
+        nucleus = heaviest(importance, falling, state.valid > early, self.config.rollout_p, beyond=above)
         rows = close_gaps(reads | state.changed | nucleus & self.inside, self.config.inflate_w)
         return Selection(score, prior, importance, early, nucleus, rows)
 
@@ -172,22 +172,23 @@ class D2Cache(CachePolicy):
             block = self.block & self.masked if self.config.search == "released" else state.block
             top = score[self.ran].max() if self.config.couple_batch else score.max(1, keepdims=True)
             np.add(score, top, out=score, where=block)
-            search = search & self._search(state, block)
+            search = self._search(state, block)
         prior = highest(score, search, self.config.current_k)
-        missed = ~(prior & state.window).any(1, keepdims=True)
-        if np.count_nonzero(missed):  # nothing that may be committed would be predicted, and the run would stop here
-            prior = prior | highest(score, state.window & missed, self.config.current_k)
+        met = np.logical_or.reduce(prior & state.window, axis=1)
+        if not all(met.tolist()):  # nothing that may be committed would be predicted, and the run would stop here
+            prior = prior | highest(score, state.window > met[:, None], self.config.current_k)
         return score, prior
 
     def _search(self, state: State, block: Bools) -> Bools:
-        """From the first position of `block` over `current_k` masks, up to a multiple of its size."""
+        """Masks from the first position of `block` over `current_k` of them, up to a multiple of its size."""
         search: Bools = np.zeros(block.shape, dtype=bool)
         for b, (begin, length) in enumerate(zip(state.gen_start.tolist(), state.lengths.tolist(), strict=True)):
             masks = state.masked[b].nonzero()[0][: self.config.current_k]
             last = int(masks[-1]) if len(masks) == self.config.current_k else length - 1
             left = block[b].nonzero()[0]  # nothing, in a sequence that is finished
             size, start = (len(left), int(left[0])) if len(left) else (1, begin)
-            search[b, start : begin + ((last - begin) // size + 1) * size] = True
+            end = begin + ((last - begin) // size + 1) * size
+            search[b, start:end] = state.masked[b, start:end]
         return search
 
     def _top_up(self, state: State, selection: Selection) -> Bools:

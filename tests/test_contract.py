@@ -460,6 +460,24 @@ def test_a_broken_plan_is_refused_by_name_step_and_value(name: str) -> None:
     assert str(caught.value).startswith("policy 'Broken'")
 
 
+LATER = (
+    *("no batch axis", "wrong dtype", "a tensor", "a set", "a flag", "start without H", "start out of range"),
+    *("visible", "no plan", "kind", "start as a list", "visible as a list", "dtype of a flag"),
+)
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_plan_that_is_broken_after_good_ones_is_refused_before_anything_is_committed(name: str) -> None:
+    policy, message = BROKEN[name]
+    later = planning(lambda s: policy.plan(s) if s.step.max() == 3 else Plan.all(s), stores=type(policy).stores)
+    engine, state = Engine(MODEL, later, LowConfidence(), debug=True), start()
+    with pytest.raises(PolicyError, match=message) as caught:
+        decode(engine, state)
+    assert str(caught.value).startswith("policy 'Broken', step 3")
+    assert state.step.tolist() == [3, 3]
+    assert state.masked.sum() == 10
+
+
 def test_a_sequence_that_never_computes_its_window_stops_the_run_and_names_the_rows() -> None:
     policy = planning(lambda s: Plan(s.valid if s.step.max() == 0 else s.prompt))
     with pytest.raises(PolicyError, match=r"committed nothing for 8 steps; of its window, positions \[7,"):

@@ -170,7 +170,8 @@ def profiled(model: Model, known: Timed, split: bool, trace: bool) -> dict[str, 
     found: dict[str, object] = {"split": splits(steps)} if split else {}
     waits = gaps(steps) if trace else None
     if waits is not None:
-        idle = known.idle and {"idle": known.idle.median, "idle_mean": known.idle.mean}
+        of = known.idle
+        idle = of and {"idle": of.median, "idle_mean": of.mean, "idle_decodes": of.decodes}
         found["gaps"] = waits.model_copy(update=idle)
     return found
 

@@ -22,7 +22,8 @@ from dcache.errors import UsageError
 from dcache.state import State
 
 SKIPPED, PROFILED = 2, 16  # the first steps compute all rows with every policy
-TIMED = SKIPPED + 4 * PROFILED  # steps of an idle share, which costs no file of events
+TIMED = SKIPPED + 4 * PROFILED  # steps of a decode for an idle share, which costs no file of events
+DECODES = 5  # for an idle share; a busy host is slow for seconds
 T = TypeVar("T")
 
 
@@ -55,12 +56,14 @@ class Idle(NamedTuple):
     """Share of the time from the launch of one pass to that of the next in which the device ran none.
 
     Attributes:
-        median: of all passes.
-        mean: all such time over all time; one long pause of the host shows here.
+        median: of the medians of several decodes.
+        mean: all such time over all time, a mean of decodes; one long pause of the host shows here.
+        decodes: median of each decode, ascending.
     """
 
     median: float
     mean: float
+    decodes: tuple[float, ...]
 
 
 def idle_share(engine: Engine, state: Callable[[], State], limit: int | None = None) -> Idle | None:
@@ -78,17 +81,20 @@ def idle_share(engine: Engine, state: Callable[[], State], limit: int | None = N
         return None
     steps = TIMED if limit is None else min(limit, TIMED)
     own, engine.executor = engine.executor, (timed := TimedGraphs(engine.model.device))
+    shares = []
     try:
-        for _ in range(2):  # the first records
+        decode(engine, state(), steps)  # records
+        for _ in range(DECODES):
             timed.restart()
             decode(engine, state(), steps)
+            shares.append(shares_of(timed.launches[SKIPPED:], timed.busy[SKIPPED:]))
     finally:
         engine.executor = own
-    return idle_of(timed.launches[SKIPPED:], timed.busy[SKIPPED:])
+    return idle_of([share for share in shares if share is not None])
 
 
-def idle_of(launches: Sequence[float], busy: Sequence[float]) -> Idle | None:
-    """The idle share of passes.
+def shares_of(launches: Sequence[float], busy: Sequence[float]) -> tuple[float, float] | None:
+    """Median and mean of the idle share of the passes of a decode; None of a single pass.
 
     Args:
         launches: when the host launched each pass, seconds.
@@ -98,7 +104,15 @@ def idle_of(launches: Sequence[float], busy: Sequence[float]) -> Idle | None:
         return None
     whole = np.diff(launches)
     waits = whole - busy[: len(whole)]
-    return Idle(float(np.median(waits / whole)), float(waits.sum() / whole.sum()))
+    return float(np.median(waits / whole)), float(waits.sum() / whole.sum())
+
+
+def idle_of(decodes: Sequence[tuple[float, float]]) -> Idle | None:
+    """The idle share of several decodes, of each the median and the mean; None of none."""
+    if not decodes:
+        return None
+    medians = sorted(median for median, _ in decodes)
+    return Idle(float(np.median(medians)), float(np.mean([mean for _, mean in decodes])), tuple(medians))
 
 
 def _node() -> torch.cuda.Event:

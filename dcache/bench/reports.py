@@ -176,9 +176,10 @@ class Gaps(Record):
         largest_gap_us: the longest time without work on the device inside a pass, from its first kernel on.
         idle_between: time without work outside that, as a share of all time; a profiler makes a graph slow to launch.
         idle: share of the time from the launch of one pass to that of the next in which the device ran none, by events
-            in the recordings, before any profile, in the median; None where it was not measured, and without graphs.
-            Reports of earlier engines leave the upload and the launch out of it.
+            in the recordings, before any profile: median of `idle_decodes`; None where it was not measured, and without
+            graphs. Reports of earlier engines leave the upload and the launch out of it.
         idle_mean: the same in the mean, which a pause of the host decides; None in older reports too.
+        idle_decodes: the median of each decode, ascending; empty in older reports, whose `idle` is of one.
     """
 
     steps: int
@@ -189,6 +190,7 @@ class Gaps(Record):
     idle_between: float
     idle: float | None = None
     idle_mean: float | None = None
+    idle_decodes: tuple[float, ...] = ()
 
 
 class PolicyResult(Record):

@@ -178,10 +178,12 @@ def _splits(report: EndToEndReport) -> list[Table]:
 
 def _gaps(report: EndToEndReport) -> list[Table]:
     rows = [
-        [_name(r), *map(str, (g.steps, g.second_passes, g.syncs, g.most_syncs)), _number(g.largest_gap_us), idle]
+        [
+            *(_name(r), *map(str, (g.steps, g.second_passes, g.syncs, g.most_syncs)), _number(g.largest_gap_us)),
+            *(_percent(g.idle), _spread(g.idle_decodes), _percent(g.idle_mean)),
+        ]
         for r in report.results
         if (g := r.gaps) is not None
-        for idle in [" / ".join(f"{100 * x:.2f} %" for x in (g.idle, g.idle_mean) if x is not None) or "-"]
     ]
     titles = [
         "trace",
@@ -190,9 +192,20 @@ def _gaps(report: EndToEndReport) -> list[Table]:
         "syncs a step",
         "most",
         "largest gap us",
-        "idle between passes: median / mean",
+        "idle between passes: median",
+        "of decodes",
+        "mean",
     ]
     return [Table("What the device waits for", titles, rows, [])] if rows else []
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _spread(shares: Sequence[float]) -> str:
+    """The least and the most of some shares."""
+    return f"{100 * min(shares):.2f} to {100 * max(shares):.2f} %" if shares else "-"
 
 
 def _stages(report: ImageReport) -> Table:

@@ -340,10 +340,16 @@ class Engine:
             with torch.inference_mode():
                 return self._run(plan, ask, before)
         second = before is not None
-        self.checks.plan(plan, second)
-        arrays = self.inputs.arrays(plan, ask)
-        key = (*self.inputs.key(plan, arrays), second)
-        prepared = self._prepared.get(key)
+        try:
+            arrays = self.inputs.arrays(plan, ask)
+            key = (*self.inputs.key(plan, arrays), second)
+            prepared = self._prepared.get(key)
+        except Exception:
+            self.checks.plan(plan, second)  # says what is wrong with it
+            raise
+        first = prepared is None or prepared.outputs is None
+        if first:  # later ones of the same shapes are safe to run, and are checked while the device is busy
+            self.checks.plan(plan, second)
         if prepared is None:
             while len(self._prepared) >= MOST_GRAPHS:
                 oldest = next(iter(self._prepared))
@@ -372,6 +378,8 @@ class Engine:
             self.executor(key, lambda: self._pass(prepared, second))
         try:
             landing = self._landing(arrays, before)  # while it runs
+            if not first:
+                self.checks.plan(plan, second)
             self._while_it_runs(plan, ask, second)
         finally:
             prepared.outputs.wait()  # after a failed check too: the memory that the pass writes to may be let go next

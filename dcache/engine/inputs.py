@@ -75,7 +75,7 @@ class Inputs:
     def key(self, plan: Plan, arrays: dict[str, np.ndarray]) -> tuple[Hashable, ...]:
         """Kind, marks, first layer, whether all lanes are live, and all shapes: what a recording depends on."""
         shapes = tuple((name, value.shape, value.dtype) for name, value in arrays.items())
-        device_mask = tuple(plan.visible.shape) if isinstance(plan.visible, Tensor) else None
+        device_mask = (plan.visible.shape, plan.visible.dtype) if isinstance(plan.visible, Tensor) else None
         live = np.count_nonzero(arrays["live"]) == len(arrays["live"])
         return plan.kind, *sorted(plan.marks.items()), self.first_layer(plan), live, device_mask, shapes
 

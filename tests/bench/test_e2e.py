@@ -188,7 +188,10 @@ def test_a_line_without_times_is_not_profiled(monkeypatch):
 
 @pytest.mark.parametrize(("limit", "steps"), [(None, 66), (8, 8), (224, 66)])
 def test_an_idle_share_is_of_steps_that_were_decoded_before_and_the_recordings_stay(monkeypatch, limit, steps):
-    class Timed(SimpleNamespace):
+    class Timed:
+        def __init__(self):
+            self.restart()
+
         def restart(self):
             self.launches, self.busy = [], []
 
@@ -201,20 +204,29 @@ def test_an_idle_share_is_of_steps_that_were_decoded_before_and_the_recordings_s
     monkeypatch.setattr(profiling, "TimedGraphs", lambda device: Timed())
     monkeypatch.setattr(profiling, "decode", decode)
     engine = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), graphs=True, executor="own")
-    assert profiling.idle_share(engine, lambda: None, limit) == (0.25, 0.25)
-    assert asked == [steps, steps]  # once to record
+    assert profiling.idle_share(engine, lambda: None, limit) == (0.25, 0.25, (0.25,) * 5)
+    assert asked == [steps] * 6  # once to record
     assert engine.executor == "own"
 
 
 def test_without_graphs_or_of_one_pass_there_is_no_idle_share():
     assert profiling.idle_share(SimpleNamespace(graphs=False), lambda: None) is None
-    assert profiling.idle_of([1.0], []) is None
+    assert profiling.shares_of([1.0], []) is None
+    assert profiling.idle_of([]) is None
 
 
 def test_one_pause_of_the_host_shows_in_the_mean_of_idle_shares_alone():
-    share = profiling.idle_of([0, 10, 20, 30, 70, 80], [8] * 5)  # 10 each, and a pause of 30
-    assert share.median == pytest.approx(0.2)
-    assert share.mean == pytest.approx((2 + 2 + 2 + 32 + 2) / 80)
+    median, mean = profiling.shares_of([0, 10, 20, 30, 70, 80], [8] * 5)  # 10 each, and a pause of 30
+    assert median == pytest.approx(0.2)
+    assert mean == pytest.approx((2 + 2 + 2 + 32 + 2) / 80)
+
+
+def test_a_decode_beside_a_busy_host_shows_in_the_spread_of_idle_shares_and_not_in_the_median():
+    assert profiling.idle_of([(0.03, 0.04), (0.09, 0.1), (0.02, 0.04)]) == (
+        0.03,
+        pytest.approx(0.06),
+        (0.02, 0.03, 0.09),
+    )
 
 
 def test_passes_are_found_in_a_real_profile():

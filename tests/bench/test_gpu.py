@@ -75,7 +75,7 @@ def test_a_policy_is_timed_split_and_traced() -> None:
     assert found.gaps.syncs == 1
     assert found.gaps.largest_gap_us > 0
     assert 0 < found.gaps.idle < 1
-    assert (found.gaps.idle, found.gaps.idle_mean) == timed[0].idle
+    assert (found.gaps.idle, found.gaps.idle_mean, found.gaps.idle_decodes) == timed[0].idle
     assert found.all == timed[0].result.all
 
 
@@ -104,7 +104,7 @@ def test_every_policy_is_profiled_on_a_new_engine_whose_passes_are_recorded() ->
     settings = EndToEndSettings(prompt=40, gen=32, block=32, repeats=1)
     lines = tasks(["none", "elastic(gamma=0)", "d2"], settings)
     timed = list(results(model, lines, floor_of(model, settings), idle=True))
-    assert all(0 < share < 1 for known in timed for share in known.idle)
+    assert all(0 < share < 1 for known in timed for share in (*known.idle[:2], *known.idle.decodes))
     for place, found in profiles(model, timed, split=True, trace=True):
         assert found.policy == lines[place].policy
         assert found.unprofiled is None
