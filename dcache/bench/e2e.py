@@ -170,9 +170,8 @@ def profiled(model: Model, known: Timed, split: bool, trace: bool) -> dict[str, 
     found: dict[str, object] = {"split": splits(steps)} if split else {}
     waits = gaps(steps) if trace else None
     if waits is not None:
-        of = known.idle
-        idle = of and {"idle": of.median, "idle_mean": of.mean, "idle_decodes": of.decodes}
-        found["gaps"] = waits.model_copy(update=idle)
+        names = ("idle", "idle_mean", "idle_decodes", "idle_probes")
+        found["gaps"] = waits.model_copy(update=dict(zip(names, known.idle or (), strict=False)))
     return found
 
 

@@ -23,7 +23,7 @@ from dcache.state import State
 
 SKIPPED, PROFILED = 2, 16  # the first steps compute all rows with every policy
 TIMED = SKIPPED + 4 * PROFILED  # steps of a decode for an idle share, which costs no file of events
-DECODES = 5  # for an idle share; a busy host is slow for seconds
+DECODES = 8  # for an idle share; a core that others use too is slow for seconds
 T = TypeVar("T")
 
 
@@ -58,12 +58,27 @@ class Idle(NamedTuple):
     Attributes:
         median: of the medians of several decodes.
         mean: all such time over all time, a mean of decodes; one long pause of the host shows here.
-        decodes: median of each decode, ascending.
+        decodes: median of each decode.
+        probes: how slow the host was beside each decode: the longer `probe` of two, before and behind it, microseconds.
     """
 
     median: float
     mean: float
     decodes: tuple[float, ...]
+    probes: tuple[float, ...]
+
+
+def probe() -> float:
+    """Microseconds of a fixed piece of Python and numpy, which is twice as long while others use the same core."""
+    mask, times = np.arange(1280) % 40 == 0, []
+    for _ in range(15):
+        began = perf_counter()
+        for _ in range(20):
+            both = mask & ~mask
+            both.ravel().nonzero()
+            [i * i for i in range(50)]
+        times.append(perf_counter() - began)
+    return float(np.median(times)) * 1e6
 
 
 def idle_share(engine: Engine, state: Callable[[], State], limit: int | None = None) -> Idle | None:
@@ -81,16 +96,18 @@ def idle_share(engine: Engine, state: Callable[[], State], limit: int | None = N
         return None
     steps = TIMED if limit is None else min(limit, TIMED)
     own, engine.executor = engine.executor, (timed := TimedGraphs(engine.model.device))
-    shares = []
+    shares, probes = [], []
     try:
         decode(engine, state(), steps)  # records
         for _ in range(DECODES):
             timed.restart()
+            before = probe()
             decode(engine, state(), steps)
             shares.append(shares_of(timed.launches[SKIPPED:], timed.busy[SKIPPED:]))
+            probes.append(max(before, probe()))
     finally:
         engine.executor = own
-    return idle_of([share for share in shares if share is not None])
+    return idle_of([share for share in shares if share is not None], probes)
 
 
 def shares_of(launches: Sequence[float], busy: Sequence[float]) -> tuple[float, float] | None:
@@ -107,12 +124,12 @@ def shares_of(launches: Sequence[float], busy: Sequence[float]) -> tuple[float, 
     return float(np.median(waits / whole)), float(waits.sum() / whole.sum())
 
 
-def idle_of(decodes: Sequence[tuple[float, float]]) -> Idle | None:
-    """The idle share of several decodes, of each the median and the mean; None of none."""
+def idle_of(decodes: Sequence[tuple[float, float]], probes: Sequence[float]) -> Idle | None:
+    """The idle share of several decodes, of each the median and the mean, and its probe; None of none."""
     if not decodes:
         return None
-    medians = sorted(median for median, _ in decodes)
-    return Idle(float(np.median(medians)), float(np.mean([mean for _, mean in decodes])), tuple(medians))
+    medians, means = zip(*decodes, strict=True)
+    return Idle(float(np.median(medians)), float(np.mean(means)), medians, tuple(probes))
 
 
 def _node() -> torch.cuda.Event:

@@ -179,7 +179,8 @@ class Gaps(Record):
             in the recordings, before any profile: median of `idle_decodes`; None where it was not measured, and without
             graphs. Reports of earlier engines leave the upload and the launch out of it.
         idle_mean: the same in the mean, which a pause of the host decides; None in older reports too.
-        idle_decodes: the median of each decode, ascending; empty in older reports, whose `idle` is of one.
+        idle_decodes: the median of each decode; empty in older reports, whose `idle` is of one.
+        idle_probes: how slow the host was beside each, as a fixed piece of Python in microseconds.
     """
 
     steps: int
@@ -191,6 +192,7 @@ class Gaps(Record):
     idle: float | None = None
     idle_mean: float | None = None
     idle_decodes: tuple[float, ...] = ()
+    idle_probes: tuple[float, ...] = ()
 
 
 class PolicyResult(Record):

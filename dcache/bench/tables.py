@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from dcache.bench.activity import GROUPS
 from dcache.bench.reports import (
@@ -11,6 +12,7 @@ from dcache.bench.reports import (
     Conditions,
     EndToEndReport,
     FloorReport,
+    Gaps,
     ImageReport,
     KernelReport,
     Latency,
@@ -22,6 +24,7 @@ from dcache.bench.reports import (
 )
 from dcache.text import printable
 
+DISTURBED = 1.3  # how much slower than at best a host may be for a time that says something of the engine
 Cells = list[str]
 
 
@@ -177,13 +180,14 @@ def _splits(report: EndToEndReport) -> list[Table]:
 
 
 def _gaps(report: EndToEndReport) -> list[Table]:
+    traced = [(_name(r), r.gaps) for r in report.results if r.gaps is not None]
+    best = min((probe for _, g in traced for probe in g.idle_probes), default=0.0)
     rows = [
         [
-            *(_name(r), *map(str, (g.steps, g.second_passes, g.syncs, g.most_syncs)), _number(g.largest_gap_us)),
-            *(_percent(g.idle), _spread(g.idle_decodes), _percent(g.idle_mean)),
+            *(name, *map(str, (g.steps, g.second_passes, g.syncs, g.most_syncs)), _number(g.largest_gap_us)),
+            *(_percent(g.idle), _spread(g.idle_decodes), _percent(g.idle_mean), _undisturbed(g, best)),
         ]
-        for r in report.results
-        if (g := r.gaps) is not None
+        for name, g in traced
     ]
     titles = [
         "trace",
@@ -195,8 +199,13 @@ def _gaps(report: EndToEndReport) -> list[Table]:
         "idle between passes: median",
         "of decodes",
         "mean",
+        "undisturbed",
     ]
-    return [Table("What the device waits for", titles, rows, [])] if rows else []
+    note = (
+        f"undisturbed: median of the decodes beside which a fixed piece of Python took at most {DISTURBED} times the "
+        f"{_number(best)} us of its best moment here, of all decodes. It takes twice as long while others use the core."
+    )
+    return [Table("What the device waits for", titles, rows, [note] if best else [])] if rows else []
 
 
 def _percent(share: float | None) -> str:
@@ -206,6 +215,13 @@ def _percent(share: float | None) -> str:
 def _spread(shares: Sequence[float]) -> str:
     """The least and the most of some shares."""
     return f"{100 * min(shares):.2f} to {100 * max(shares):.2f} %" if shares else "-"
+
+
+def _undisturbed(g: Gaps, best: float) -> str:
+    """The idle share of the decodes beside which the host was about as fast as ever, and how many they are."""
+    both = zip(g.idle_decodes, g.idle_probes, strict=False)  # older reports have no probes
+    shares = [share for share, probe in both if probe <= DISTURBED * best]
+    return f"{_percent(median(shares))} ({len(shares)} of {len(g.idle_decodes)})" if shares else "-"
 
 
 def _stages(report: ImageReport) -> Table:

@@ -129,9 +129,8 @@ def profiler(monkeypatch, tmp_path):
     monkeypatch.setattr(e2e, "Engine", made)
     monkeypatch.setattr(e2e, "decode", called("decode", decode))
     monkeypatch.setattr(e2e, "summary", called("floor", e2e.summary))
-    monkeypatch.setattr(
-        e2e, "idle_share", called("idle", lambda engine, state, limit: profile.Idle(0.25, 0.3, (0.2, 0.3)))
-    )
+    idle = profile.Idle(0.25, 0.3, (0.2, 0.3), (60, 90))
+    monkeypatch.setattr(e2e, "idle_share", called("idle", lambda engine, state, limit: idle))
     monkeypatch.setattr(e2e, "profiled_steps", steps)
     monkeypatch.setattr(bench, "meter", meter)
     return found
@@ -147,13 +146,14 @@ def test_no_profile_is_made_before_the_times_of_all_lines_are_in_the_file(capsys
     last = read(tmp_path / "e2e-llada_mha.json").results
     assert [r.model_copy(update={"split": [], "gaps": None}) for r in last] == profiler.files[0]
     assert [(r.split[0].wall, r.gaps.syncs, r.gaps.idle, r.gaps.idle_mean) for r in last] == [(1.0, 1, 0.25, 0.3)] * 4
-    assert [r.gaps.idle_decodes for r in last] == [(0.2, 0.3)] * 4
+    assert [(r.gaps.idle_decodes, r.gaps.idle_probes) for r in last] == [((0.2, 0.3), (60, 90))] * 4
     assert profiler.meters == [("measuring", 4, 4), ("profiling", 4, 4)]
     out, err = capsys.readouterr()
     assert [line.endswith(": profiled") for line in err.splitlines()] == [False] * 4 + [True] * 4
     assert "Where the time goes" in out
     assert "What the device waits for" in out
     assert "20.00 to 30.00 %" in out
+    assert "20.00 % (1 of 2)" in out
 
 
 def test_without_split_and_trace_nothing_is_profiled(tmp_path, profiler):

@@ -75,7 +75,8 @@ def test_a_policy_is_timed_split_and_traced() -> None:
     assert found.gaps.syncs == 1
     assert found.gaps.largest_gap_us > 0
     assert 0 < found.gaps.idle < 1
-    assert (found.gaps.idle, found.gaps.idle_mean, found.gaps.idle_decodes) == timed[0].idle
+    g = found.gaps
+    assert (g.idle, g.idle_mean, g.idle_decodes, g.idle_probes) == timed[0].idle
     assert found.all == timed[0].result.all
 
 

@@ -37,7 +37,7 @@ RESULT = PolicyResult(
     trace_passes=[1, 2],
     split=[Split(steps=16, passes=1, wall=4.6, groups={"products": 4.0, "rest": 0.1}, host=0.2)],
     gaps=Gaps(steps=16, second_passes=1, syncs=1.06, most_syncs=2, largest_gap_us=12.5, idle_between=0.08, idle=0.031,
-              idle_mean=0.04, idle_decodes=(0.029, 0.031, 0.033)),
+              idle_mean=0.04, idle_decodes=(0.033, 0.029, 0.031), idle_probes=(66.0, 51.0, 50.0)),
 )  # fmt: skip
 POINT = FloorPoint(rows=16, head_rows=0, ms=4.0, tflop_s=55.5, tb_s=3.6)
 REPORTS = [
@@ -102,7 +102,7 @@ def test_the_table_of_policies_shows_times_floor_split_and_gaps():
     cells = [cell.strip() for cell in page.splitlines()[4].split("|")[1:-1]]
     assert cells[:9] == ["elastic", "1", "1", "4.50", "4.00", "6.00", "4.60", "4.10", "89 %"]
     assert "| elastic, batch 1, 1 a step | 1 | 16 | 4.60 | 4.00 |" in page.replace("products", "")
-    assert "| 1.06 | 2 | 12.5 | 3.10 % | 2.90 to 3.30 % | 4.00 % |" in page
+    assert "| 1.06 | 2 | 12.5 | 3.10 % | 2.90 to 3.30 % | 4.00 % | 3.00 % (2 of 3) |" in page
 
 
 def test_a_profile_that_failed_is_told_below_the_times():
