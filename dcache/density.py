@@ -48,7 +48,8 @@ class Densities:
 
     def __init__(self, state: State, sigma: float):
         self._state, self._sigma = state, float(sigma)
-        self._regions = list(zip(state.gen_start.tolist(), state.lengths.tolist(), strict=True))
+        spans = zip(state.gen_start.tolist(), state.lengths.tolist(), strict=True)
+        self._regions = [(begin, end, *_gaussian(end - begin, self._sigma)) for begin, end in spans]
         self._known: Bools = state.prompt.copy()
         self._table = np.zeros(state.valid.shape)
         for b in range(state.batch):
@@ -73,16 +74,15 @@ class Densities:
 
     def _add(self, b: int, place: int) -> None:
         """The Gaussian of a token at `place`, and what stands behind the region if that is its end."""
-        begin, end = self._regions[b]
-        bell, side = _gaussian(end - begin, self._sigma)
-        left, right = max(begin, place - len(bell) // 2), min(end, place + len(bell) // 2 + 1)
-        centre = place - len(bell) // 2
-        self._table[b, left:right] += bell[left - centre : right - centre]
+        begin, end, bell, side = self._regions[b]
+        start = place - len(bell) // 2  # of the bell
+        left, right = max(begin, start), min(end, start + len(bell))
+        self._table[b, left:right] += bell[left - start : right - start]
         if place == end - 1:
             self._table[b, begin:end] += side[::-1]
 
     def _sum_up(self, b: int) -> None:
-        begin, end = self._regions[b]
+        begin, end = self._regions[b][:2]
         self._table[b, begin:end] = certainty_density(self._known[b, begin:end], self._sigma)
 
 

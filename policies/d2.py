@@ -174,9 +174,9 @@ class D2Cache(CachePolicy):
             np.add(score, top, out=score, where=block)
             search = self._search(state, block)
         prior = highest(score, search, self.config.current_k)
-        met = np.logical_or.reduce(prior & state.window, axis=1)
-        if not all(met.tolist()):  # nothing that may be committed would be predicted, and the run would stop here
-            prior = prior | highest(score, state.window > met[:, None], self.config.current_k)
+        met = prior & state.window
+        if not all(np.count_nonzero(met[b]) for b in range(state.batch)):  # the run would stop here
+            prior = prior | highest(score, state.window & ~met.any(1, keepdims=True), self.config.current_k)
         return score, prior
 
     def _search(self, state: State, block: Bools) -> Bools:

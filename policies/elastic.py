@@ -168,13 +168,13 @@ class ElasticCache(CachePolicy):
         """Positions T: what any layer picked in the previous step."""
         tracked = np.zeros((state.batch, state.slots + 1), dtype=bool)
         if state.seen is not None and "picks" in state.seen.reports:
-            picks = state.seen.reports["picks"].transpose(1, 0, 2)  # (batch, layers, track_num)
-            tracked[np.arange(state.batch)[:, None, None], picks] = True
+            picks = state.seen.reports["picks"]  # (layers, batch, track_num)
+            tracked.put(picks + tracked.shape[1] * np.arange(state.batch)[:, None], True)
         return tracked[:, :-1]
 
     def _excluded(self, state: State) -> dict[str, np.ndarray]:
         """Positions that may not be tracked: masked before this step's commit, or not part of the sequence."""
-        excluded = state.masked | ~state.valid
+        excluded = state.masked >= state.valid  # masked, or not valid
         if not self.config.track_dropped:
             excluded |= state.valid & ~state.prompt & (state.tokens == state.spec.mask_id)
         return {"excluded": excluded}

@@ -13,6 +13,7 @@ import torch
 
 from dcache.bench.activity import gaps, splits
 from dcache.bench.floor import Floor, rows_of_passes
+from dcache.bench.host import on_quickest_cpu
 from dcache.bench.profile import Idle, idle_share, profiled_steps
 from dcache.bench.prompts import pictures, random_prompts, with_images
 from dcache.bench.reports import EndToEndSettings, PolicyResult, Times
@@ -196,9 +197,10 @@ def _decodes(model: Model, line: Task, idle: bool) -> tuple[list[list[Step]], fl
     runs, seconds = [], 0.0
     for _ in range(line.settings.repeats):
         state = line.state(model.spec)
-        began = perf_counter()
-        runs.append(decode(engine, state, limit))
-        seconds += perf_counter() - began - sum(step.recording for step in runs[-1])
+        with on_quickest_cpu(model.device):
+            began = perf_counter()
+            runs.append(decode(engine, state, limit))
+            seconds += perf_counter() - began - sum(step.recording for step in runs[-1])
     found: dict[str, object] = {
         "graphs": engine.graphs,
         "captured": engine.captured,

@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dcache.bench.activity import DECODE, FIRST_PASS, SECOND_PASS, Step, steps_of
+from dcache.bench.host import on_quickest_cpu, probe
 from dcache.decode import decode
 from dcache.engine import Engine
 from dcache.engine.graphs import Graphs
@@ -68,19 +69,6 @@ class Idle(NamedTuple):
     probes: tuple[float, ...]
 
 
-def probe() -> float:
-    """Microseconds of a fixed piece of Python and numpy, which is twice as long while others use the same core."""
-    mask, times = np.arange(1280) % 40 == 0, []
-    for _ in range(15):
-        began = perf_counter()
-        for _ in range(20):
-            both = mask & ~mask
-            both.ravel().nonzero()
-            [i * i for i in range(50)]
-        times.append(perf_counter() - began)
-    return float(np.median(times)) * 1e6
-
-
 def idle_share(engine: Engine, state: Callable[[], State], limit: int | None = None) -> Idle | None:
     """How long the device waits for the host between the passes of a decode; None of one pass, or without graphs.
 
@@ -101,10 +89,11 @@ def idle_share(engine: Engine, state: Callable[[], State], limit: int | None = N
         decode(engine, state(), steps)  # records
         for _ in range(DECODES):
             timed.restart()
-            before = probe()
-            decode(engine, state(), steps)
+            with on_quickest_cpu(engine.model.device):
+                before = probe()
+                decode(engine, state(), steps)
+                probes.append(max(before, probe()))
             shares.append(shares_of(timed.launches[SKIPPED:], timed.busy[SKIPPED:]))
-            probes.append(max(before, probe()))
     finally:
         engine.executor = own
     return idle_of([share for share in shares if share is not None], probes)

@@ -76,7 +76,7 @@ class Inputs:
         """Kind, marks, first layer, whether all lanes are live, and all shapes: what a recording depends on."""
         shapes = tuple((name, value.shape, value.dtype) for name, value in arrays.items())
         device_mask = (plan.visible.shape, plan.visible.dtype) if isinstance(plan.visible, Tensor) else None
-        live = np.count_nonzero(arrays["live"]) == len(arrays["live"])
+        live = arrays["lanes"] is self._everyone or bool(arrays["live"].all())
         return plan.kind, *sorted(plan.marks.items()), self.first_layer(plan), live, device_mask, shapes
 
     def lanes(self, part: Bools) -> Ints:

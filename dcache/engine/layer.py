@@ -46,7 +46,8 @@ class Books:
 
     def counted(self, maps: bool) -> list[str]:
         """Names of the results of a pass that accounts are made of."""
-        return ["counted"] * self.on_device + [f"map {name}" for name in self.planned] * maps
+        names = ["counted"] if self.on_device else []
+        return [*names, *(f"map {name}" for name in self.planned)] if maps else names
 
 
 @dataclass

@@ -124,13 +124,15 @@ class Quota:
 
     def __init__(self, config: Schedule):
         self.config = config
-        self.size = np.zeros(0, dtype=np.int64)
+        self.size = self._same = np.zeros(0, dtype=np.int64)
 
     def of(self, state: State) -> Ints:
         """(batch,) int64: rows to commit in this step."""
         config = self.config
         if config.steps is None and config.schedule == "even":
-            quota: Ints = np.full(state.batch, config.tokens_per_step or 1, dtype=np.int64)
+            if len(self._same) != state.batch:
+                self._same = np.full(state.batch, config.tokens_per_step or 1, dtype=np.int64)
+            quota = self._same
         else:
             span = Span(state, config.window)
             quota = self._linear(span) if config.schedule == "linear" else self._even(span)

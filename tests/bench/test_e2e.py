@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -206,7 +205,7 @@ def test_an_idle_share_is_of_steps_that_were_decoded_before_and_the_recordings_s
     monkeypatch.setattr(profiling, "decode", decode)
     probes = iter([50, 50, 51, 99, 52, 50, *[50] * 10])
     monkeypatch.setattr(profiling, "probe", lambda: next(probes))
-    engine = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), graphs=True, executor="own")
+    engine = SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu")), graphs=True, executor="own")
     found = profiling.idle_share(engine, lambda: None, limit)
     assert found == (0.25, 0.25, (0.25,) * 8, (50, 99, 52, 50, 50, 50, 50, 50))
     assert asked == [steps] * 9  # once to record
@@ -228,12 +227,6 @@ def test_one_pause_of_the_host_shows_in_the_mean_of_idle_shares_alone():
 def test_a_decode_beside_a_busy_host_shows_in_the_spread_of_idle_shares_and_not_in_the_median():
     found = profiling.idle_of([(0.03, 0.04), (0.09, 0.1), (0.02, 0.04)], [50, 100, 50])
     assert found == (0.03, pytest.approx(0.06), (0.03, 0.09, 0.02), (50, 100, 50))
-
-
-def test_the_probe_of_a_host_is_a_time_in_microseconds():
-    began = perf_counter()
-    found = profiling.probe()
-    assert 1 < found < (perf_counter() - began) * 1e6
 
 
 def test_passes_are_found_in_a_real_profile():
