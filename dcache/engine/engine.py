@@ -7,7 +7,7 @@ once per key and replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from time import perf_counter
@@ -27,6 +27,7 @@ from dcache.engine.layer import Boards, Books, Layer, Pass
 from dcache.engine.memory import Batch, does_not_fit, room_on
 from dcache.engine.network import ALIGN_SLOTS, Network, Stores, Weights
 from dcache.engine.packet import Packet, fields_of
+from dcache.engine.results import Landing, Results
 from dcache.errors import MemoryLimitError, NumericsError, PolicyError, UnmaskerError, UsageError
 from dcache.kernels.attend import visible_keys
 from dcache.kernels.confidence import all_finite
@@ -48,14 +49,6 @@ GPU_BUCKETS = (
     *range(1024, 4096, 128),
     *range(4096, 65537, 1024),
 )
-
-# What is seen of a position that was not read
-UNSEEN: dict[str, tuple[float, type]] = {
-    "tokens": (-1, np.int64),
-    "commit": (False, np.bool_),
-    "confidence": (-np.inf, np.float32),
-    "remask": (False, np.bool_),
-}
 
 
 class Executor(Protocol):
@@ -108,26 +101,6 @@ class Prepared:
     current: Pass
     shown: Tensor | None = None
     outputs: Packet | None = None
-
-
-@dataclass(frozen=True)
-class Landing:
-    """Where the results of a pass go, made ready while it runs.
-
-    Attributes:
-        at: (lanes, w) int64 places of the read positions in a flattened table.
-        tables: (batch, slots + 1), the last column for the dump slot, by result.
-        shown: (batch, slots), the tables without that column.
-    """
-
-    at: Ints
-    tables: dict[str, np.ndarray]
-    shown: dict[str, np.ndarray]
-
-    def spread(self, name: str, out: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(batch, slots): a result (lanes, w), by position."""
-        self.tables[name].put(self.at, out[name])
-        return self.shown[name]
 
 
 def within_memory(method: Callable[Concatenate[Engine, P], T]) -> Callable[Concatenate[Engine, P], T]:
@@ -255,8 +228,7 @@ class Engine:
         self._valid = torch.from_numpy(state.valid).to(self.model.device)[:, None]
         self.checks = Checks(self.label, state, frozenset(extra), self.model.device, compact=capacity is not None)
         self.inputs = Inputs(state, self.buckets)
-        table = (state.batch, state.slots + 1)  # the last one for the dump slot
-        self._unseen: dict[str, np.ndarray] = {name: np.full(table, *blank) for name, blank in UNSEEN.items()}
+        self.results = Results(state)
         self.network.on_preload(self.checks.preloaded)
         self.network.on_alone(self.accounts.ahead)
         self.network.asked()
@@ -340,36 +312,19 @@ class Engine:
             with torch.inference_mode():
                 return self._run(plan, ask, before)
         second = before is not None
-        try:
-            arrays = self.inputs.arrays(plan, ask)
-            key = (*self.inputs.key(plan, arrays), second)
-            prepared = self._prepared.get(key)
-        except Exception:
-            self.checks.plan(plan, second)  # says what is wrong with it
-            raise
+        arrays, key, prepared = self._arranged(plan, ask, second)
         first = prepared is None or prepared.outputs is None
         if first:  # later ones of the same shapes are safe to run, and are checked while the device is busy
             self.checks.plan(plan, second)
         if prepared is None:
-            while len(self._prepared) >= MOST_GRAPHS:
-                oldest = next(iter(self._prepared))
-                del self._prepared[oldest]
-                self.executor.forget(oldest)
-            prepared = self._prepared[key] = self._prepare(plan, arrays)
+            prepared = self._make_room(key, plan, arrays)
         for name, value in arrays.items():
             prepared.inputs.host[name][...] = value
         if isinstance(plan.visible, Tensor):  # it is on the device already
             assert prepared.shown is not None
             prepared.shown.copy_(_with_heads(plan.visible) & self._valid)
         if prepared.outputs is None:
-            self._inspect = self.debug  # values may be read in this eager run, never in a recorded one
-            prepared.inputs.upload()
-            try:
-                results = self._forward(prepared, second)
-            finally:
-                self._inspect = False
-            prepared.outputs = Packet(fields_of(results), self.model.device)
-            self._deliver(prepared.outputs, results)
+            prepared.outputs = self._first_pass(prepared, second)
         else:
             if not self.executor.ready(key):
                 began = perf_counter()
@@ -377,13 +332,44 @@ class Engine:
                 self.recording += perf_counter() - began
             self.executor(key, lambda: self._pass(prepared, second))
         try:
-            landing = self._landing(arrays, before)  # while it runs
+            landing = self.results.landing(arrays, before)  # while it runs
             if not first:
                 self.checks.plan(plan, second)
             self._while_it_runs(plan, ask, second)
         finally:
             prepared.outputs.wait()  # after a failed check too: the memory that the pass writes to may be let go next
-        return self._seen(prepared, arrays, before, landing)
+        return self._seen(prepared, landing)
+
+    def _arranged(self, plan: Plan, ask: Ask, second: bool) -> tuple[dict[str, np.ndarray], Hashable, Prepared | None]:
+        """What a pass reads, its key, and its buffers if it has any; of a plan that makes no arrays, why."""
+        try:
+            arrays = self.inputs.arrays(plan, ask)
+            key = (*self.inputs.key(plan, arrays), second)
+            return arrays, key, self._prepared.get(key)
+        except Exception:
+            self.checks.plan(plan, second)
+            raise
+
+    def _make_room(self, key: Hashable, plan: Plan, arrays: dict[str, np.ndarray]) -> Prepared:
+        """Buffers for passes of a new key, in the place of the oldest if there are many."""
+        while len(self._prepared) >= MOST_GRAPHS:
+            oldest = next(iter(self._prepared))
+            del self._prepared[oldest]
+            self.executor.forget(oldest)
+        self._prepared[key] = prepared = self._prepare(plan, arrays)
+        return prepared
+
+    def _first_pass(self, prepared: Prepared, second: bool) -> Packet:
+        """The first of its key runs as it stands, and shows what comes out of it."""
+        self._inspect = self.debug  # values may be read in this eager run, never in a recorded one
+        prepared.inputs.upload()
+        try:
+            results = self._forward(prepared, second)
+        finally:
+            self._inspect = False
+        outputs = Packet(fields_of(results), self.model.device)
+        self._deliver(outputs, results)
+        return outputs
 
     def _pass(self, prepared: Prepared, second: bool) -> None:
         """All the device work of a pass whose buffers are there, from the inputs on the host to the results there."""
@@ -398,17 +384,6 @@ class Engine:
             self.accounts.next_step()
             self.checks.progress(ask)
         self.checks.keys(plan, ask)
-
-    def _landing(self, arrays: dict[str, np.ndarray], before: Seen | None) -> Landing:
-        """Tables for the results of a pass; sequences that sit a second pass out keep what the first found."""
-        lanes = arrays["lanes"]
-        tables = {name: blank.copy() for name, blank in self._unseen.items()}
-        shown = {name: table[:, :-1] for name, table in tables.items()}
-        if before is not None:
-            for name, table in tables.items():
-                shown[name][...] = before.taken if name == "commit" else getattr(before, name)
-                table[lanes] = self._unseen[name][lanes]
-        return Landing(arrays["where"] + lanes[:, None] * (self.state.slots + 1), tables, shown)
 
     def _prepare(self, plan: Plan, arrays: dict[str, np.ndarray]) -> Prepared:
         fields = [(name, tuple(value.shape), value.dtype) for name, value in arrays.items()]
@@ -570,48 +545,23 @@ class Engine:
 
     # -- device to host -------------------------------------------------------------------------------------------
 
-    def _seen(self, prepared: Prepared, arrays: dict[str, np.ndarray], before: Seen | None, landing: Landing) -> Seen:
+    def _seen(self, prepared: Prepared, landing: Landing) -> Seen:
         assert prepared.outputs is not None
-        out, state, where, lanes = prepared.outputs.host, self.state, arrays["where"], arrays["lanes"]
+        out, arrays = prepared.outputs.host, landing.arrays
         if np.count_nonzero(out["bad"]):
-            self._blame(prepared, before is not None, int(out["bad"].argmax()), lanes)
+            self._blame(prepared, landing.before is not None, int(out["bad"].argmax()), arrays["lanes"])
         if np.count_nonzero(astray := out["commit"] > out["eligible"]):
             b, i = (int(x[0]) for x in np.nonzero(astray))
             raise UnmaskerError(
-                f"unmasker {self.unmasker.label or type(self.unmasker).__name__}, step {int(state.step.max())}: "
-                f"picked position {where[b, i]} of sequence {lanes[b]}, which was not predicted or is outside the "
-                "window"
+                f"unmasker {self.unmasker.label or type(self.unmasker).__name__}, step {int(self.state.step.max())}: "
+                f"picked position {arrays['where'][b, i]} of sequence {arrays['lanes'][b]}, which was not predicted or "
+                "is outside the window"
             )
         books = prepared.current.books
         # the results of the next pass may come down before this is read
         found = {name: out[name].copy() for name in books.counted(self.maps)}
         self.later(lambda: arrays, partial(self._account, self.count, books, found))
-        return Seen(
-            tokens=landing.spread("tokens", out),
-            taken=landing.spread("commit", out),
-            confidence=landing.spread("confidence", out),
-            remask=landing.spread("remask", out) if "remask" in out else landing.shown["remask"],
-            reports=self._reports(books, out, arrays, before),
-        )
-
-    def _reports(
-        self, books: Books, out: dict[str, np.ndarray], arrays: dict[str, np.ndarray], before: Seen | None
-    ) -> dict[str, np.ndarray]:
-        """Reports by sequence; 0 for sequences that did not take part in the step."""
-        reports, lanes = {} if before is None else dict(before.reports), arrays["lanes"]
-        for name in books.reports:
-            fresh, axis = out[f"report {name}"].copy(), int(books.per_layer[name])
-            if "start" in arrays and name not in reports:  # what the second pass did not run is of an older step
-                layers = np.arange(len(self.layers))[:, None]
-                fresh[(~arrays["live"] | (arrays["start"] > layers)) if axis else ~arrays["live"]] = 0
-            if len(lanes) == self.state.batch:
-                reports[name] = fresh
-                continue
-            shape = (*fresh.shape[:axis], self.state.batch, *fresh.shape[axis + 1 :])
-            table = reports[name].copy() if name in reports else np.zeros(shape, fresh.dtype)
-            table[(slice(None),) * axis + (lanes,)] = fresh
-            reports[name] = table
-        return reports
+        return self.results.seen(landing, out, books)
 
     def _account(self, count: Count, books: Books, found: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:
         """Add what a pass computed to the accounts of its step, and note the keys that it wrote."""
