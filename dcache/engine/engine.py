@@ -441,7 +441,7 @@ class Engine:
 
     def _inputs(self, current: Pass, tokens: Tensor) -> Tensor:
         """What the rows of a pass start from: their tokens' embeddings, or those that their prompts gave."""
-        h = self.model.embed(tokens.gather(1, current.rows))
+        h = self.model.embed(tokens)
         if self.embeddings is None:
             return h
         lanes = None if current.whole else current.lanes

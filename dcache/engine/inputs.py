@@ -45,11 +45,12 @@ class Inputs:
             present = state.valid
         read = self._read(plan, ask)
         where = self._positions(read[by_lane], least=1)
+        rows = self._positions(_within(plan.row_mask[by_lane], present), least=1, lanes=len(lanes))
         only_window = read is ask.window
         arrays: dict[str, np.ndarray] = {
             "lanes": lanes,
-            "tokens": wider(state.tokens[by_lane]),
-            "rows": self._positions(_within(plan.row_mask[by_lane], present), least=1, lanes=len(lanes)),
+            "rows": rows,
+            "tokens": _at(state.tokens[by_lane], np.minimum(rows, state.slots - 1)),  # of the dump slot any will do
             "live": part[by_lane],
             "where": where,
             "window": where < state.slots if only_window else _at(wider(ask.window[by_lane]), where),
@@ -187,6 +188,6 @@ def _within(mask: Bools, present: Bools | None) -> Bools:
 
 
 def _at(table: np.ndarray, where: Ints) -> np.ndarray:
-    """Entries (lanes, w) of a table (lanes, slots + 1)."""
+    """Entries (lanes, w) of a table (lanes, slots) or (lanes, slots + 1)."""
     n, width = table.shape
-    return table.take(where + np.arange(0, n * width, width)[:, None])
+    return table.take(where if n == 1 else where + np.arange(0, n * width, width)[:, None])
