@@ -176,7 +176,7 @@ class State:
         self.region_sizes: Ints = np.stack([(self.region == r).sum(1) for r in range(NOWHERE)], axis=1)
         self._generated: Bools = self.valid & ~self.prompt
         self.masked: Bools = self._generated.copy()
-        self._active_in: Bools | None = None  # the mask that `_active` was read from
+        self._looked_at: Bools | None = None  # the mask that `_leftmost` and `_active` were read from
         self._active: Bools = np.zeros(batch, dtype=bool)
         self.known: Bools = self.prompt.copy()
         self.changed: Bools = np.zeros_like(self.valid)
@@ -241,8 +241,8 @@ class State:
     @property
     def active(self) -> Bools:
         """(batch,) bool: sequences that still have something to decode."""
-        if self._active_in is not self.masked:  # asked for a dozen times per step
-            self._leftmost()
+        if self._looked_at is not self.masked:  # asked for a dozen times per step
+            self._look()
         return self._active
 
     @property
@@ -386,21 +386,22 @@ class State:
                 "the logits, the state and `Asked.sequence`, not on the number of the lane"
             )
 
-    def _leftmost(self) -> Ints:
-        """(batch,) int64: where the leftmost masked rows lie in a flattened canvas; the first row if there is none.
+    def _look(self) -> None:
+        """Find the leftmost masked row of each sequence, in a flattened canvas; the first row where there is none.
 
-        Whether they are masked at all says what is active: right after a pass less than half the time of ``any(1)``.
+        Whether it is masked says whether the sequence is active: right after a pass less than half the time of
+        ``any(1)``.
         """
-        at: Ints = self.masked.argmax(1) + self._row_starts  # row 0 is prompt, so not masked, and in no block
-        self._active_in, self._active = self.masked, self.masked.take(at)
-        return at
+        self._looked_at = self.masked
+        self._leftmost: Ints = self.masked.argmax(1) + self._row_starts  # row 0 is prompt: not masked, and in no block
+        self._active = self.masked.take(self._leftmost)
 
     def _fixed_block(self) -> Bools:
         """Blocks of the leftmost masked rows, none for finished sequences; `block` itself while they are the same."""
-        at = self._leftmost()
-        if np.count_nonzero(self.block.take(at)) == self.batch:
+        self._look()
+        if np.count_nonzero(self.block.take(self._leftmost)) == self.batch:
             return self.block
-        leftmost = at - self._row_starts
+        leftmost = self._leftmost - self._row_starts
         size = self.gen_length if self.block_length is None else self.block_length
         start = np.where(self.active, leftmost - (leftmost - self.gen_start) % size, -1)
         moved = start != self._block_start

@@ -160,7 +160,7 @@ class D2Cache(CachePolicy):
         reads = state.rows_for(prior)
         early = reads & self.inside | state.changed
         importance, falling, above = reports["importance"], reports["falling"], self.config.nucleus == "above"
-        # stage 2 (section 3.3): the most attended of the other rows, a share of their mass
+        # stage 2 (section 3.3): the most attended of the other rows (valid, and not early), a share of their mass
         nucleus = heaviest(importance, falling, state.valid > early, self.config.rollout_p, beyond=above)
         rows = close_gaps(reads | state.changed | nucleus & self.inside, self.config.inflate_w)
         return Selection(score, prior, importance, early, nucleus, rows)
@@ -175,7 +175,7 @@ class D2Cache(CachePolicy):
             search = self._search(state, block)
         prior = highest(score, search, self.config.current_k)
         met = prior & state.window
-        if not all(np.count_nonzero(met[b]) for b in range(state.batch)):  # the run would stop here
+        if not met.any(1).all():  # nothing that may be committed would be predicted, and the run would stop here
             prior = prior | highest(score, state.window & ~met.any(1, keepdims=True), self.config.current_k)
         return score, prior
 

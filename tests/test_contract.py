@@ -460,22 +460,73 @@ def test_a_broken_plan_is_refused_by_name_step_and_value(name: str) -> None:
     assert str(caught.value).startswith("policy 'Broken'")
 
 
-LATER = (
-    *("no batch axis", "wrong dtype", "a tensor", "a set", "a flag", "start without H", "start out of range"),
-    *("visible", "no plan", "kind", "start as a list", "visible as a list", "dtype of a flag"),
-)
+def wide(s: State) -> np.ndarray:
+    return np.ones((s.batch, s.slots + 3), dtype=bool)
+
+
+# A good plan, one that breaks like it, and whether their keys are the same, so that the pass runs while it is checked
+LATER: dict[str, tuple[Any, Any, str, bool]] = {
+    "wrong dtype": (Plan.all, lambda s: Plan(s.valid.astype(np.int64)), "row_mask has dtype int64", True),
+    "a tensor": (Plan.all, lambda s: Plan(torch.from_numpy(s.valid)), "row_mask is a Tensor", True),
+    "dtype of watch": (
+        lambda s: Plan(s.valid, watch=s.valid),
+        lambda s: Plan(s.valid, watch=s.valid.astype(np.int64)),
+        "watch has dtype int64",
+        True,
+    ),
+    "no batch axis": (Plan.all, lambda s: Plan(s.valid[0]), "add a batch axis", False),
+    "too wide": (Plan.all, lambda s: Plan(wide(s)), r"row_mask has shape \(2, 18\)", False),
+    "too wide a set": (
+        lambda s: Plan(s.valid, sets={"x": s.valid}),
+        lambda s: Plan(s.valid, sets={"x": wide(s)}),
+        r"sets\['x'\] has shape \(2, 18\)",
+        False,
+    ),
+    "another device": (
+        lambda s: Plan(s.valid, visible=torch.from_numpy(s.valid)),
+        lambda s: Plan(s.valid, visible=torch.empty(s.valid.shape, dtype=torch.bool, device="meta")),
+        "visible is a tensor on meta",
+        False,
+    ),
+    "dtype of a flag": (
+        lambda s: Plan(s.valid, flags={"x": np.ones(2, np.int64)}),
+        lambda s: Plan(s.valid, flags={"x": np.ones(2, np.uint8)}),
+        r"flags\['x'\] has dtype uint8",
+        False,
+    ),
+    "flags of a kind": (
+        lambda s: Plan(s.valid, flags={"x": np.ones(2, bool)}),
+        lambda s: Plan(s.valid, flags={"x": np.ones(2)}),
+        "but were .* in an earlier step",
+        False,
+    ),
+    "no plan": (Plan.all, lambda s: s.valid, "plan returned a ndarray", False),
+    "kind": (Plan.all, lambda s: Plan(s.valid, kind=[1]), "cannot be part of a key", False),  # type: ignore[arg-type]
+    "start without H": (Plan.all, lambda s: Plan(s.valid, start=np.full(2, 1)), 'starts from the store "H"', False),
+}
 
 
 @pytest.mark.parametrize("name", LATER)
 def test_a_plan_that_is_broken_after_good_ones_is_refused_before_anything_is_committed(name: str) -> None:
-    policy, message = BROKEN[name]
-    later = planning(lambda s: policy.plan(s) if s.step.max() == 3 else Plan.all(s), stores=type(policy).stores)
-    engine, state = Engine(MODEL, later, LowConfidence(), debug=True), start()
+    good, broken, message, same = LATER[name]
+    policy = planning(lambda s: broken(s) if s.step.max() == 3 else good(s))
+    engine = Engine(MODEL, policy, LowConfidence(), buckets=(16,))
+    passes: list[int] = []
+    inner = engine.executor.__call__
+
+    class Counting(type(engine.executor)):  # type: ignore[misc]
+        def __call__(self, key: Any, work: Any) -> None:
+            passes.append(int(state.step.max()))
+            inner(key, work)
+
+    engine.executor = Counting()
+    state = State(MODEL.spec, [[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]], 8)
     with pytest.raises(PolicyError, match=message) as caught:
         decode(engine, state)
     assert str(caught.value).startswith("policy 'Broken', step 3")
     assert state.step.tolist() == [3, 3]
     assert state.masked.sum() == 10
+    assert (3 in passes) == same
 
 
 def test_a_sequence_that_never_computes_its_window_stops_the_run_and_names_the_rows() -> None:

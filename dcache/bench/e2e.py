@@ -171,8 +171,10 @@ def profiled(model: Model, known: Timed, split: bool, trace: bool) -> dict[str, 
     found: dict[str, object] = {"split": splits(steps)} if split else {}
     waits = gaps(steps) if trace else None
     if waits is not None:
-        names = ("idle", "idle_mean", "idle_decodes", "idle_probes")
-        found["gaps"] = waits.model_copy(update=dict(zip(names, known.idle or (), strict=False)))
+        if (of := known.idle) is not None:
+            idle = {"idle": of.median, "idle_mean": of.mean, "idle_decodes": of.decodes, "idle_probes": of.probes}
+            waits = waits.model_copy(update=idle)
+        found["gaps"] = waits
     return found
 
 

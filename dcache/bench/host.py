@@ -32,7 +32,8 @@ def probe(repeats: int = 15) -> float:
 def on_quickest_cpu(device: torch.device) -> Iterator[None]:
     """What drives a GPU runs inside on the CPU that is quickest now; the thread may go anywhere again afterwards.
 
-    Nothing is chosen where the system cannot, and for a model on the CPU, which computes on all of them.
+    Threads that are born inside stay on that CPU, so let a first run be outside. Nothing is chosen where the system
+    cannot, and for a model on the CPU, which computes on all of them.
     """
     if device.type != "cuda" or not hasattr(os, "sched_setaffinity"):
         yield

@@ -24,7 +24,7 @@ from dcache.state import State
 
 SKIPPED, PROFILED = 2, 16  # the first steps compute all rows with every policy
 TIMED = SKIPPED + 4 * PROFILED  # steps of a decode for an idle share, which costs no file of events
-DECODES = 8  # for an idle share; a core that others use too is slow for seconds
+DECODES, LEAST, SECONDS = 8, 3, 6.0  # for an idle share: so many, or after three of them as fit into the time
 T = TypeVar("T")
 
 
@@ -84,19 +84,24 @@ def idle_share(engine: Engine, state: Callable[[], State], limit: int | None = N
         return None
     steps = TIMED if limit is None else min(limit, TIMED)
     own, engine.executor = engine.executor, (timed := TimedGraphs(engine.model.device))
-    shares, probes = [], []
+    shares: list[tuple[float, float]] = []
+    probes: list[float] = []
     try:
         decode(engine, state(), steps)  # records
-        for _ in range(DECODES):
+        began = perf_counter()
+        while len(shares) < DECODES and (len(shares) < LEAST or perf_counter() - began < SECONDS):
             timed.restart()
             with on_quickest_cpu(engine.model.device):
                 before = probe()
                 decode(engine, state(), steps)
                 probes.append(max(before, probe()))
-            shares.append(shares_of(timed.launches[SKIPPED:], timed.busy[SKIPPED:]))
+            share = shares_of(timed.launches[SKIPPED:], timed.busy[SKIPPED:])
+            if share is None:
+                return None
+            shares.append(share)
     finally:
         engine.executor = own
-    return idle_of([share for share in shares if share is not None], probes)
+    return idle_of(shares, probes)
 
 
 def shares_of(launches: Sequence[float], busy: Sequence[float]) -> tuple[float, float] | None:
@@ -113,10 +118,8 @@ def shares_of(launches: Sequence[float], busy: Sequence[float]) -> tuple[float, 
     return float(np.median(waits / whole)), float(waits.sum() / whole.sum())
 
 
-def idle_of(decodes: Sequence[tuple[float, float]], probes: Sequence[float]) -> Idle | None:
-    """The idle share of several decodes, of each the median and the mean, and its probe; None of none."""
-    if not decodes:
-        return None
+def idle_of(decodes: Sequence[tuple[float, float]], probes: Sequence[float]) -> Idle:
+    """The idle share of several decodes: of each the median and the mean, and its probe."""
     medians, means = zip(*decodes, strict=True)
     return Idle(float(np.median(medians)), float(np.mean(means)), medians, tuple(probes))
 

@@ -314,7 +314,7 @@ class Engine:
         second = before is not None
         arrays, key, prepared = self._arranged(plan, ask, second)
         first = prepared is None or prepared.outputs is None
-        if first:  # later ones of the same shapes are safe to run, and are checked while the device is busy
+        if first:  # later ones of its key are safe to run, and are checked while the device is busy
             self.checks.plan(plan, second)
         if prepared is None:
             prepared = self._make_room(key, plan, arrays)

@@ -74,11 +74,17 @@ class Inputs:
         return arrays
 
     def key(self, plan: Plan, arrays: dict[str, np.ndarray]) -> tuple[Hashable, ...]:
-        """Kind, marks, first layer, whether all lanes are live, and all shapes: what a recording depends on."""
+        """Kind, marks, first layer, whether all lanes are live, and all shapes: what a recording depends on.
+
+        With the shapes of the masks themselves, since positions do not show that a mask was too wide: a plan whose key
+        is known has nothing out of range.
+        """
         shapes = tuple((name, value.shape, value.dtype) for name, value in arrays.items())
-        device_mask = (plan.visible.shape, plan.visible.dtype) if isinstance(plan.visible, Tensor) else None
+        masks = plan.row_mask.shape, *(mask.shape for mask in plan.sets.values())
+        v = plan.visible
+        device_mask = (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else None
         live = arrays["lanes"] is self._everyone or bool(arrays["live"].all())
-        return plan.kind, *sorted(plan.marks.items()), self.first_layer(plan), live, device_mask, shapes
+        return plan.kind, *sorted(plan.marks.items()), self.first_layer(plan), live, device_mask, masks, shapes
 
     def lanes(self, part: Bools) -> Ints:
         """The sequences of a pass: those that take part, and as many of the others as fill the bucket.

@@ -132,6 +132,7 @@ class Quota:
         if config.steps is None and config.schedule == "even":
             if len(self._same) != state.batch:
                 self._same = np.full(state.batch, config.tokens_per_step or 1, dtype=np.int64)
+                self._same.setflags(write=False)  # of all steps
             quota = self._same
         else:
             span = Span(state, config.window)

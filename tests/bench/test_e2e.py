@@ -212,10 +212,20 @@ def test_an_idle_share_is_of_steps_that_were_decoded_before_and_the_recordings_s
     assert engine.executor == "own"
 
 
+def test_slow_decodes_make_an_idle_share_of_three(monkeypatch):
+    asked = []
+    timed = SimpleNamespace(launches=[0.0, 1, 2, 3], busy=[0.5, 0.5, 0.5], restart=lambda: None)
+    monkeypatch.setattr(profiling, "TimedGraphs", lambda device: timed)
+    monkeypatch.setattr(profiling, "decode", lambda engine, state, limit: asked.append(limit))
+    monkeypatch.setattr(profiling, "SECONDS", 0.0)
+    engine = SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu")), graphs=True, executor="own")
+    assert len(profiling.idle_share(engine, lambda: None).decodes) == 3
+    assert len(asked) == 4
+
+
 def test_without_graphs_or_of_one_pass_there_is_no_idle_share():
     assert profiling.idle_share(SimpleNamespace(graphs=False), lambda: None) is None
     assert profiling.shares_of([1.0], []) is None
-    assert profiling.idle_of([], []) is None
 
 
 def test_one_pause_of_the_host_shows_in_the_mean_of_idle_shares_alone():
