@@ -7,8 +7,8 @@ while they use one, Python runs half as fast on it, for seconds, and a time says
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from time import perf_counter
 
 import numpy as np
@@ -33,18 +33,25 @@ def on_quickest_cpu(device: torch.device) -> Iterator[None]:
     """What drives a GPU runs inside on the CPU that is quickest now; the thread may go anywhere again afterwards.
 
     Threads that are born inside stay on that CPU, so let a first run be outside. Nothing is chosen where the system
-    cannot, and for a model on the CPU, which computes on all of them.
+    cannot or a container forbids it, and for a model on the CPU, which computes on all of them.
     """
     if device.type != "cuda" or not hasattr(os, "sched_setaffinity"):
         yield
         return
     allowed = os.sched_getaffinity(0)
     try:
-        times = {}
-        for cpu in sorted(allowed):
-            os.sched_setaffinity(0, {cpu})
-            times[cpu] = probe(3)
-        os.sched_setaffinity(0, {min(times, key=lambda cpu: times[cpu])})
+        with suppress(OSError):
+            _go_to_quickest(allowed)
         yield
     finally:
-        os.sched_setaffinity(0, allowed)
+        with suppress(OSError):
+            os.sched_setaffinity(0, allowed)
+
+
+def _go_to_quickest(allowed: Iterable[int]) -> None:
+    """Probe every CPU, and stay on the best."""
+    times = {}
+    for cpu in sorted(allowed):
+        os.sched_setaffinity(0, {cpu})
+        times[cpu] = probe(3)
+    os.sched_setaffinity(0, {min(times, key=lambda cpu: times[cpu])})

@@ -51,6 +51,20 @@ def test_without_a_choice_nothing_is_chosen(monkeypatch):
         pass
 
 
+def test_a_container_that_forbids_the_choice_costs_no_measurement(monkeypatch):
+    def forbidden(pid, cpus):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", forbidden, raising=False)
+    done = False
+    with host.on_quickest_cpu(GPU):
+        done = True
+    assert done
+    with pytest.raises(OSError, match="full"), host.on_quickest_cpu(GPU):  # of what runs inside
+        raise OSError("the disk is full")
+
+
 @chooses
 def test_on_this_machine_the_thread_has_one_cpu_inside_and_the_same_as_before_behind():
     before = os.sched_getaffinity(0)
