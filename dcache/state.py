@@ -273,7 +273,7 @@ class State:
         return rows & self.valid
 
     def expect(self, ask: Ask) -> Ask:
-        """Take over what the unmasker asks for in this step; returns it, checked."""
+        """Take over what the unmasker asks for in this step; returns it, checked but for what the engine checks."""
         masks = ("window", ask.window), ("block", ask.block), ("read", ask.read), ("shadow", ask.shadow)
         for name, mask in masks:
             if mask is not None and (mask.shape != self.valid.shape or mask.dtype != np.bool_):
@@ -294,10 +294,6 @@ class State:
             if not isinstance(flag, np.ndarray) or flag.dtype not in FLAG_DTYPES:
                 found = f"dtype {flag.dtype}" if isinstance(flag, np.ndarray) else f"type {type(flag).__name__}"
                 raise UnmaskerError(f"Ask.flags[{name!r}] has {found}, expected bool, int64 or floats of numpy")
-        outside = ask.window > self.masked  # and not masked
-        if np.count_nonzero(outside):  # a third of the time of `any`; so throughout, between two passes
-            b, p = (int(i[0]) for i in np.nonzero(outside))
-            raise UnmaskerError(f"the window of sequence {b} holds position {p}, which is not masked")
         self.window = ask.window
         self.order = self._left_to_right if ask.order is None else ask.order
         if ask.block is not None:  # blocks of the unmasker's own, from now on

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from dcache.arrays import Bools, Floats, close_gaps, heaviest, highest
 from dcache.density import Densities
-from dcache.policy import CachePolicy, Plan, PolicyConfig, State
+from dcache.policy import CachePolicy, Plan, PolicyConfig, Seen, State
 
 if TYPE_CHECKING:
     from dcache.engine.layer import Layer
@@ -107,20 +107,21 @@ class D2Cache(CachePolicy):
 
     def plan(self, state: State) -> Plan:
         """Everything at first, then M*, N and U."""
-        rows, begins = state.valid, state.step == 0
+        rows, begins, latest = state.valid, 0 in state.step.tolist(), self.config.confidence == "latest"
         if state.seen is not None and self.config.refresh == "never":
-            self._recall(state)
+            if latest or 1 in state.step.tolist():
+                self._recall(state.seen, (latest | (state.step == 1))[:, None])
             selection = self._select(state, state.seen.reports)
             if self.selection is not None and not all(self.ran.tolist()):  # what has not run keeps its own
                 both: Iterable[tuple[np.ndarray, np.ndarray]] = zip(selection, self.selection, strict=True)
                 selection = Selection(*(np.where(self.ran[:, None], now, before) for now, before in both))
             self.selection = selection
-            rows = selection.rows | begins[:, None] if any(begins.tolist()) else selection.rows
+            rows = selection.rows | (state.step == 0)[:, None] if begins else selection.rows
             rows = rows | self._top_up(state, selection) if self.config.couple_batch else rows
         self.masked, self.block, self.ran = state.masked, state.block, state.active
-        reread = begins if self.config.confidence == "first" else state.active
-        watch = state.predicted_by(rows) & state.masked & reread[:, None] if any(reread.tolist()) else None
-        return Plan(rows, watch=watch)
+        if begins or latest:
+            return Plan(rows, watch=state.predicted_by(rows) & state.masked & (latest | (state.step == 0))[:, None])
+        return Plan(rows)
 
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """An ordinary layer; the last one multiplies the rollout."""
@@ -146,13 +147,10 @@ class D2Cache(CachePolicy):
             sums.add_(at.received(q, sums.mul_(factor).gather(1, rows)), alpha=1 / q.shape[1])
         return sums[:, :-1]
 
-    def _recall(self, state: State) -> None:
+    def _recall(self, seen: Seen, wanted: Bools) -> None:
         """Take over the confidences that the released code keeps, those of the first step, or all."""
-        assert state.seen is not None
-        wanted = [step == 1 or self.config.confidence == "latest" for step in state.step.tolist()]
-        if any(wanted):
-            fresh = self.masked & np.isfinite(state.seen.confidence) & np.array(wanted)[:, None]
-            self.confidence = np.where(fresh, state.seen.confidence, self.confidence)
+        fresh = self.masked & np.isfinite(seen.confidence) & wanted
+        self.confidence = np.where(fresh, seen.confidence, self.confidence)
 
     def _select(self, state: State, reports: Mapping[str, np.ndarray]) -> Selection:
         """Both stages, for the pass to come."""
@@ -175,7 +173,9 @@ class D2Cache(CachePolicy):
             search = self._search(state, block)
         prior = highest(score, search, self.config.current_k)
         met = prior & state.window
-        if not met.any(1).all():  # nothing that may be committed would be predicted, and the run would stop here
+        if (
+            np.count_nonzero(met.any(1)) < state.batch
+        ):  # nothing that may be committed would be predicted, and the run would stop here
             prior = prior | highest(score, state.window & ~met.any(1, keepdims=True), self.config.current_k)
         return score, prior
 

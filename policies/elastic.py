@@ -93,9 +93,8 @@ class ElasticCache(CachePolicy):
         """Step 0 computes all; then T, D and W (Algorithm 1)."""
         tracked, window = self._tracked(state), self._window(state)
         rows = tracked | state.changed | window
-        begins = state.step == 0
-        if np.count_nonzero(begins):
-            tracked[begins], rows[begins] = False, True
+        if 0 in state.step.tolist():
+            tracked[state.step == 0], rows[state.step == 0] = False, True
         return Plan(rows, "reuse", sets={"tracked": tracked, "window": window}, flags=self._excluded(state))
 
     def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +139,7 @@ class ElasticCache(CachePolicy):
         if similarity is None:
             return None
         drifted = similarity < np.float32(self.config.gamma)
-        if not drifted.any():  # which is the rule
+        if not np.count_nonzero(drifted):  # which is the rule
             return None
         drifted = drifted & state.active & plan.sets["tracked"].any(1)
         if not drifted.any():
@@ -169,7 +168,8 @@ class ElasticCache(CachePolicy):
         tracked = np.zeros((state.batch, state.slots + 1), dtype=bool)
         if state.seen is not None and "picks" in state.seen.reports:
             picks = state.seen.reports["picks"]  # (layers, batch, track_num)
-            tracked.put(picks + tracked.shape[1] * np.arange(state.batch)[:, None], True)
+            for b in range(state.batch):
+                tracked[b][picks[:, b]] = True
         return tracked[:, :-1]
 
     def _excluded(self, state: State) -> dict[str, np.ndarray]:

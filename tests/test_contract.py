@@ -27,6 +27,7 @@ from dcache import (
     UnmaskerError,
     UsageError,
 )
+from dcache.arrays import leftmost
 from dcache.decode import decode
 from dcache.engine import Engine
 from dcache.engine.layer import Layer
@@ -36,6 +37,7 @@ from dcache.kernels.rows import put, take
 from dcache.kernels.select import find, lowest
 from dcache.models.transformer import ModelSpec, Transformer
 from dcache.plugins import plugins
+from dcache.policies.d2 import D2Cache
 from dcache.policies.dkv import DKVCache
 from dcache.policies.elastic import ElasticCache
 from dcache.policies.none import NoCache
@@ -590,6 +592,45 @@ class Masker(Threshold):
 def test_an_unmasker_that_commits_outside_its_window_is_refused() -> None:
     with pytest.raises(UnmaskerError, match="outside the window"):
         run(NoCache(), Greedy())
+
+
+class Overreaching(Threshold):
+    """Asks for the whole canvas, in the second step or in the first."""
+
+    def __init__(self, since: int):
+        super().__init__()
+        self.since = since
+
+    def ask(self, state: State) -> Ask:
+        ask = super().ask(state)
+        return replace(ask, window=state.valid) if state.step.max() >= self.since else ask
+
+
+@pytest.mark.parametrize("since", [0, 1])
+def test_an_unmasker_whose_window_holds_what_is_not_masked_is_refused(since: int) -> None:
+    for policy in (NoCache(), DKVCache(), ElasticCache(), D2Cache()):
+        with pytest.raises(UnmaskerError, match="the window of sequence 0 holds position 0, which is not masked"):
+            run(policy, Overreaching(since))
+
+
+class Blind(CachePolicy):
+    """Computes one row of the window alone."""
+
+    def plan(self, state: State) -> Plan:
+        return Plan(state.valid & ~state.masked | leftmost(state.window, 1), visible=state.valid & ~state.masked)
+
+
+class Guesser(Threshold):
+    """Commits its whole window, predicted or not."""
+
+    def pick(self, logits: Tensor, at: Any) -> Picks:
+        picks = super().pick(logits, at)
+        return replace(picks, commit=torch.ones_like(picks.commit))
+
+
+def test_an_unmasker_that_commits_what_was_not_predicted_is_refused() -> None:
+    with pytest.raises(UnmaskerError, match=r"token -1 was committed at position .*was not predicted"):
+        run(Blind(), Guesser())
 
 
 def test_an_unmasker_that_commits_the_mask_is_refused() -> None:

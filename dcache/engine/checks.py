@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dcache.arrays import Bools
-from dcache.errors import PolicyError
+from dcache.errors import PolicyError, UnmaskerError
 from dcache.policy import Plan
 from dcache.state import FLAG_DTYPES, State
 from dcache.unmasking.base import Ask
@@ -63,6 +63,13 @@ class Checks:
         self._restarted(plan)
         self._visible(plan)
         self.shadows(ask)
+
+    def window(self, ask: Ask) -> None:
+        """What may be committed is masked; may run while the pass does."""
+        outside = ask.window & ~self.state.masked
+        if outside.any():
+            b, p = (int(i[0]) for i in np.nonzero(outside))
+            raise UnmaskerError(f"the window of sequence {b} holds position {p}, which is not masked")
 
     def _masks(self, plan: Plan) -> None:
         shape = self.state.valid.shape

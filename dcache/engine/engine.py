@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from time import perf_counter
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from dcache.engine.memory import Batch, does_not_fit, room_on
 from dcache.engine.network import ALIGN_SLOTS, Network, Stores, Weights
 from dcache.engine.packet import Packet, fields_of
 from dcache.engine.results import Landing, Results
-from dcache.errors import MemoryLimitError, NumericsError, PolicyError, UnmaskerError, UsageError
+from dcache.errors import MemoryLimitError, NumericsError, PolicyError, UsageError
 from dcache.kernels.attend import visible_keys
 from dcache.kernels.confidence import all_finite
 from dcache.kernels.rows import put, take
@@ -162,7 +162,7 @@ class Engine:
         self.executor: Executor = executor or (Graphs(model.device) if graphs else Eager())
         self.maps, self.debug, self.recording = maps, debug, 0.0
         self.beside = Aside(model.device)
-        self._late: list[Callable[[], None]] = []
+        self._late: list[tuple[Callable[[], Any], Callable[[Any], object] | None]] = []
         self._shape: tuple[int, int, int | None, bool] | None = None
         self._inspect = False
         with torch.inference_mode():
@@ -193,15 +193,17 @@ class Engine:
         """What the passes of the latest step computed; complete once `catch_up` has run."""
         return self.accounts.count
 
-    def later(self, make: Callable[[], T], use: Callable[[T], None]) -> None:
-        """Put off ``use(make())``, which no plan depends on, until the device is busy with the next pass."""
-        self._late.append(lambda: use(make()))
+    def later(self, make: Callable[[], T], use: Callable[[T], object] | None = None) -> None:
+        """Put off `make`, or ``use(make())``, which no plan depends on, until the device is busy with the next pass."""
+        self._late.append((make, use))
 
     def catch_up(self) -> None:
         """Do now what was put off."""
         late, self._late = self._late, []
-        for work in late:
-            work()
+        for make, use in late:
+            made = make()
+            if use is not None:
+                use(made)
 
     @within_memory
     @torch.inference_mode()
@@ -382,6 +384,7 @@ class Engine:
         self.catch_up()
         if not second:
             self.accounts.next_step()
+            self.checks.window(ask)
             self.checks.progress(ask)
         self.checks.keys(plan, ask)
 
@@ -502,7 +505,6 @@ class Engine:
             "tokens": torch.where(predicted, picks.tokens, -1),
             "confidence": picks.confidence.to(torch.float32).masked_fill(~predicted, float("-inf")),
             "commit": picks.commit,
-            "eligible": asked.eligible,
             "bad": (~finite & predicted).any(-1),
         }
         if picks.remask is not None:
@@ -550,17 +552,10 @@ class Engine:
         out, arrays = prepared.outputs.host, landing.arrays
         if np.count_nonzero(out["bad"]):
             self._blame(prepared, landing.before is not None, int(out["bad"].argmax()), arrays["lanes"])
-        if np.count_nonzero(astray := out["commit"] > out["eligible"]):
-            b, i = (int(x[0]) for x in np.nonzero(astray))
-            raise UnmaskerError(
-                f"unmasker {self.unmasker.label or type(self.unmasker).__name__}, step {int(self.state.step.max())}: "
-                f"picked position {arrays['where'][b, i]} of sequence {arrays['lanes'][b]}, which was not predicted or "
-                "is outside the window"
-            )
         books = prepared.current.books
         # the results of the next pass may come down before this is read
         found = {name: out[name].copy() for name in books.counted(self.maps)}
-        self.later(lambda: arrays, partial(self._account, self.count, books, found))
+        self.later(partial(self._account, self.count, books, found, arrays))
         return self.results.seen(landing, out, books)
 
     def _account(self, count: Count, books: Books, found: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -50,7 +51,7 @@ class Inputs:
         arrays: dict[str, np.ndarray] = {
             "lanes": lanes,
             "rows": rows,
-            "tokens": _at(state.tokens[by_lane], np.minimum(rows, state.slots - 1)),  # of the dump slot any will do
+            "tokens": _at(state.tokens[by_lane], rows, "clip"),  # of the dump slot any will do
             "live": part[by_lane],
             "where": where,
             "window": where < state.slots if only_window else _at(wider(ask.window[by_lane]), where),
@@ -79,8 +80,8 @@ class Inputs:
         With the shapes of the masks themselves, since positions do not show that a mask was too wide: a plan whose key
         is known has nothing out of range.
         """
-        shapes = tuple((name, value.shape, value.dtype) for name, value in arrays.items())
-        masks = plan.row_mask.shape, *(mask.shape for mask in plan.sets.values())
+        shapes = tuple([(name, value.shape, value.dtype) for name, value in arrays.items()])
+        masks = plan.row_mask.shape, *[mask.shape for mask in plan.sets.values()]
         v = plan.visible
         device_mask = (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else None
         live = arrays["lanes"] is self._everyone or bool(arrays["live"].all())
@@ -193,7 +194,7 @@ def _within(mask: Bools, present: Bools | None) -> Bools:
     return mask if present is None else mask & present
 
 
-def _at(table: np.ndarray, where: Ints) -> np.ndarray:
-    """Entries (lanes, w) of a table (lanes, slots) or (lanes, slots + 1)."""
+def _at(table: np.ndarray, where: Ints, outside: Literal["raise", "clip"] = "raise") -> np.ndarray:
+    """Entries (lanes, w) of a table (lanes, slots) or (lanes, slots + 1); with "clip", any entry for one outside."""
     n, width = table.shape
-    return table.take(where if n == 1 else where + np.arange(0, n * width, width)[:, None])
+    return table.take(where if n == 1 else where + np.arange(0, n * width, width)[:, None], mode=outside)
