@@ -77,7 +77,7 @@ class Densities:
         begin, end, bell, side = self._regions[b]
         start = place - len(bell) // 2  # of the bell
         left, right = max(begin, start), min(end, start + len(bell))
-        reached = self._table[b, left:right]  # a view
+        reached = self._table[b, left:right]  # named, since `table[...] += x` would copy the view onto itself
         reached += bell[left - start : right - start]
         if place == end - 1:
             self._table[b, begin:end] += side[::-1]

@@ -273,7 +273,10 @@ class State:
         return rows & self.valid
 
     def expect(self, ask: Ask) -> Ask:
-        """Take over what the unmasker asks for in this step; returns it, checked but for what the engine checks."""
+        """Take over what the unmasker asks for in this step; returns it, its form checked.
+
+        That the window holds masked rows alone is checked while the pass runs, by the engine.
+        """
         masks = ("window", ask.window), ("block", ask.block), ("read", ask.read), ("shadow", ask.shadow)
         for name, mask in masks:
             if mask is not None and (mask.shape != self.valid.shape or mask.dtype != np.bool_):
@@ -304,9 +307,10 @@ class State:
 
     def apply(self, update: Update, seen: Seen) -> None:
         """Write what the step decided and move on: tokens, masked, changed, step and block."""
-        active, remasks = self.active, bool(np.count_nonzero(update.remask))
+        active = self.active
+        remasks = bool(np.count_nonzero(update.remask))  # a third of the time of `any`; so wherever the device waits
         at = places(update.commit)
-        self._check_update(update, at, remasks)
+        self._check_update(update, at, remasks, seen)
         written, tokens = update.written(self.spec.eos_id)
         at = at if written is update.commit else places(written)
         self.changed = written
@@ -328,8 +332,10 @@ class State:
             else:
                 self._enter(block)
 
-    def _check_update(self, update: Update, at: Ints, remasks: bool) -> None:
+    def _check_update(self, update: Update, at: Ints, remasks: bool, seen: Seen) -> None:
         self._check_commits(update, at)
+        if update.tokens is not seen.tokens:  # then -1 no longer shows what was not predicted
+            self._check_guesses(update, seen)
         if remasks or update.fill is not None:
             self._check_rewritten(update)
         if self.guided:
@@ -352,6 +358,15 @@ class State:
             raise UnmaskerError(
                 f"step {self.step[b]}, sequence {b}: token {token} was committed at position {p}; "
                 f"the vocabulary has {n_ids} ids, and -1 means that the position was not predicted"
+            )
+
+    def _check_guesses(self, update: Update, seen: Seen) -> None:
+        """What was picked and is committed had a candidate, whatever token it gets."""
+        guessed = update.commit & seen.taken & ~seen.predicted
+        if guessed.any():
+            b, p = (int(i[0]) for i in np.nonzero(guessed))
+            raise UnmaskerError(
+                f"step {self.step[b]}, sequence {b}: position {p} was picked and committed, but not predicted"
             )
 
     def _check_rewritten(self, update: Update) -> None:

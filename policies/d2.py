@@ -173,9 +173,7 @@ class D2Cache(CachePolicy):
             search = self._search(state, block)
         prior = highest(score, search, self.config.current_k)
         met = prior & state.window
-        if (
-            np.count_nonzero(met.any(1)) < state.batch
-        ):  # nothing that may be committed would be predicted, and the run would stop here
+        if np.count_nonzero(met.any(1)) < state.batch:  # nothing to commit would be predicted, and the run would stop
             prior = prior | highest(score, state.window & ~met.any(1, keepdims=True), self.config.current_k)
         return score, prior
 

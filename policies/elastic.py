@@ -168,8 +168,9 @@ class ElasticCache(CachePolicy):
         tracked = np.zeros((state.batch, state.slots + 1), dtype=bool)
         if state.seen is not None and "picks" in state.seen.reports:
             picks = state.seen.reports["picks"]  # (layers, batch, track_num)
-            for b in range(state.batch):
-                tracked[b][picks[:, b]] = True
+            if state.batch > 1:  # one sequence needs no offset, and the device waits for each call
+                picks = picks + tracked.shape[1] * np.arange(state.batch)[:, None]
+            tracked.put(picks, True)
         return tracked[:, :-1]
 
     def _excluded(self, state: State) -> dict[str, np.ndarray]:

@@ -44,7 +44,7 @@ from dcache.policies.none import NoCache
 from dcache.policies.suffix import Suffix
 from dcache.testing.models import random_model
 from dcache.testing.recorder import Recorder, SyncError
-from dcache.unmasking.base import Ask, Picks, Unmasker
+from dcache.unmasking.base import Ask, Picks, Unmasker, Update
 from dcache.unmasking.confidence import LowConfidence, Threshold
 
 MODEL = random_model(1, n_layers=4)
@@ -628,9 +628,20 @@ class Guesser(Threshold):
         return replace(picks, commit=torch.ones_like(picks.commit))
 
 
+class Filler(Guesser):
+    """The same, with tokens of its own where there is no candidate."""
+
+    def settle(self, state: State, seen: Seen) -> Update:
+        update = super().settle(state, seen)
+        return replace(update, tokens=np.maximum(update.tokens, 0))
+
+
 def test_an_unmasker_that_commits_what_was_not_predicted_is_refused() -> None:
     with pytest.raises(UnmaskerError, match=r"token -1 was committed at position .*was not predicted"):
         run(Blind(), Guesser())
+    with pytest.raises(UnmaskerError, match=r"position \d+ was picked and committed, but not predicted"):
+        run(Blind(), Filler())
+    assert commits(run(NoCache(), Filler())[0]) == commits(run(NoCache(), Guesser())[0])
 
 
 def test_an_unmasker_that_commits_the_mask_is_refused() -> None:
