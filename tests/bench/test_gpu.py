@@ -113,6 +113,15 @@ def test_every_policy_is_profiled_on_a_new_engine_whose_passes_are_recorded() ->
         assert found.gaps.syncs == pytest.approx(1 + found.gaps.second_passes / 16, abs=1e-3)  # one a pass
 
 
+def test_a_step_that_refreshes_has_two_passes_and_two_syncs() -> None:
+    model = dcache.load_model("tiny-llada", device="cuda")
+    settings = EndToEndSettings(prompt=40, gen=32, block=32, repeats=1)
+    lines = tasks(["elastic(gamma=1.01)"], settings)  # no similarity is above 1
+    timed = list(results(model, lines, floor_of(model, settings)))
+    ((_, found),) = profiles(model, timed, split=False, trace=True)
+    assert (found.gaps.steps, found.gaps.second_passes, found.gaps.syncs, found.gaps.most_syncs) == (16, 16, 2, 2)
+
+
 def test_requests_with_images_are_timed_on_recorded_passes() -> None:
     pytest.importorskip("PIL.Image")
     model = dcache.load_model(SEEING, device="cuda")
