@@ -366,7 +366,8 @@ class State:
         if guessed.any():
             b, p = (int(i[0]) for i in np.nonzero(guessed))
             raise UnmaskerError(
-                f"step {self.step[b]}, sequence {b}: position {p} was picked and committed, but not predicted"
+                f"step {self.step[b]}, sequence {b}: position {p} was picked and committed, but not predicted; "
+                "commit rows of Seen.predicted alone"
             )
 
     def _check_rewritten(self, update: Update) -> None:

@@ -69,7 +69,10 @@ class Checks:
         outside = ask.window & ~self.state.masked
         if outside.any():
             b, p = (int(i[0]) for i in np.nonzero(outside))
-            raise UnmaskerError(f"the window of sequence {b} holds position {p}, which is not masked")
+            raise UnmaskerError(
+                f"step {self.state.step[b]}: the window of sequence {b} holds position {p}, which is not masked; "
+                "ask for rows of State.masked alone"
+            )
 
     def _masks(self, plan: Plan) -> None:
         shape = self.state.valid.shape
