@@ -310,12 +310,15 @@ class State:
         active = self.active
         remasks = bool(np.count_nonzero(update.remask))  # a third of the time of `any`; so wherever the device waits
         at = places(update.commit)
-        self._check_update(update, at, remasks, seen)
+        new = update.tokens.take(at)
+        self._check_update(update, at, new, remasks, seen)
         written, tokens = update.written(self.spec.eos_id)
-        at = at if written is update.commit else places(written)
+        if written is not update.commit:
+            at = places(written)
+            new = tokens.take(at)
         self.changed = written
         self.tokens = self.tokens.copy()
-        self.tokens.put(at, tokens.take(at))
+        self.tokens.put(at, new)
         self.masked = self.masked > (written | update.drop)  # and not, in one call
         self.known = self.known | written
         if remasks:
@@ -332,8 +335,8 @@ class State:
             else:
                 self._enter(block)
 
-    def _check_update(self, update: Update, at: Ints, remasks: bool, seen: Seen) -> None:
-        self._check_commits(update, at)
+    def _check_update(self, update: Update, at: Ints, new: Ints, remasks: bool, seen: Seen) -> None:
+        self._check_commits(at, new)
         if update.tokens is not seen.tokens:  # then -1 no longer shows what was not predicted
             self._check_guesses(update, seen)
         if remasks or update.fill is not None:
@@ -341,14 +344,14 @@ class State:
         if self.guided:
             self._check_pairs(update)
 
-    def _check_commits(self, update: Update, at: Ints) -> None:
-        """Only the few committed rows, which lie at `at`, are looked at: the next pass waits for this."""
+    def _check_commits(self, at: Ints, new: Ints) -> None:
+        """What is committed: the tokens `new` (n,) at the places `at` (n,). The next pass waits for this."""
         inside: list[bool] = self.window.take(at).tolist()
         if not all(inside):
             b, p = divmod(int(at[inside.index(False)]), self.slots)
             raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} was committed outside the window")
         mask_id, n_ids = self.spec.mask_id, self.spec.vocab_size
-        tokens: list[int] = update.tokens.take(at).tolist()
+        tokens: list[int] = new.tolist()
         if mask_id in tokens:
             b, p = divmod(int(at[tokens.index(mask_id)]), self.slots)
             raise UnmaskerError(f"step {self.step[b]}, sequence {b}: the mask token was committed at position {p}")

@@ -389,9 +389,11 @@ class Engine:
         self.checks.keys(plan, ask)
 
     def _prepare(self, plan: Plan, arrays: dict[str, np.ndarray]) -> Prepared:
-        fields = [(name, tuple(value.shape), value.dtype) for name, value in arrays.items()]
-        n_lanes = len(arrays["lanes"])
-        packet = Packet(fields, self.model.device)
+        n_lanes, by_slot = len(arrays["lanes"]), self.inputs.flags_by_slot(arrays)
+        widths = {name: (n_lanes, self.state.slots + 1) for name in by_slot}
+        packet = Packet([(name, widths.get(name, x.shape), x.dtype) for name, x in arrays.items()], self.model.device)
+        for name in by_slot:  # what nobody writes stays 0
+            packet.host[name] = packet.host[name][:, :-1]
         side = packet.device
         current = Pass(
             kind=plan.kind,
@@ -487,7 +489,7 @@ class Engine:
         asked = Asked(
             where=where,
             predicted=predicted,
-            eligible=predicted & side["window"],
+            eligible=predicted & side["window"] if "window" in side else predicted,
             sequence=side["sequence"],
             step=side["step"],
             mask_id=spec.mask_id,

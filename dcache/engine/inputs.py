@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -47,32 +47,36 @@ class Inputs:
         read = self._read(plan, ask)
         where = self._positions(read[by_lane], least=1)
         rows = self._positions(_within(plan.row_mask[by_lane], present), least=1, lanes=len(lanes))
-        only_window = read is ask.window
         arrays: dict[str, np.ndarray] = {
             "lanes": lanes,
             "rows": rows,
-            "tokens": _at(state.tokens[by_lane], rows, "clip"),  # of the dump slot any will do
+            "tokens": _at(state.tokens[by_lane], rows, "wrap"),  # of the dump slot any will do
             "live": part[by_lane],
             "where": where,
-            "window": where < state.slots if only_window else _at(wider(ask.window[by_lane]), where),
             "sequence": state.ids[by_lane, None],
             "step": state.step[by_lane, None],
         }
+        if read is not ask.window:  # else all that is read is in it
+            arrays["window"] = _at(wider(ask.window[by_lane]), where)
         if plan.start is not None:
             arrays["start"] = plan.start[by_lane].astype(np.int64)
         for name, mask in plan.sets.items():
             arrays[f"set {name}"] = self._positions(_within(mask[by_lane], present))
         for name, flag in plan.flags.items():
-            arrays[f"flag {name}"] = self._with_dump(flag)[by_lane]
+            arrays[f"flag {name}"] = flag[by_lane]
         for name, flag in ask.flags.items():
-            mine = self._with_dump(flag)[by_lane]
-            arrays[f"ask {name}"] = _at(mine, where) if flag.ndim == 2 else mine
+            mine = flag[by_lane]
+            arrays[f"ask {name}"] = _at(wider(mine), where) if flag.ndim == 2 else mine
         if ask.shadow is not None:
             shadow = ask.shadow & state.valid & state.active[:, None]
             arrays["shadow"] = self._positions(shadow[by_lane], least=1)
         if (shown := self._visible(plan, lanes)) is not None:
             arrays["visible"] = shown
         return arrays
+
+    def flags_by_slot(self, arrays: Mapping[str, np.ndarray]) -> list[str]:
+        """Arrays of a plan's flags with an entry for every slot, to which the pass adds one for the dump slot: 0."""
+        return [name for name, x in arrays.items() if name.startswith("flag ") and x.shape[1:] == (self.state.slots,)]
 
     def key(self, plan: Plan, arrays: dict[str, np.ndarray]) -> tuple[Hashable, ...]:
         """Kind, marks, first layer, whether all lanes are live, and all shapes: what a recording depends on.
@@ -149,10 +153,6 @@ class Inputs:
             sizes = self._sizes[lanes] = padded_sizes(self.state.slots, self.buckets, lanes)
         return positions(mask, self.state.slots, sizes.__getitem__, least)
 
-    def _with_dump(self, flag: np.ndarray) -> np.ndarray:
-        """A (batch, slots) flag with a last column of 0 for the dump slot."""
-        return wider(flag) if flag.shape == self.state.valid.shape else flag
-
 
 def padded_sizes(slots: int, buckets: Sequence[int], lanes: int = 1) -> list[int]:
     """To how many places a list of 0, 1, ... `slots` positions is padded; an empty one stays empty.
@@ -194,7 +194,7 @@ def _within(mask: Bools, present: Bools | None) -> Bools:
     return mask if present is None else mask & present
 
 
-def _at(table: np.ndarray, where: Ints, outside: Literal["raise", "clip"] = "raise") -> np.ndarray:
-    """Entries (lanes, w) of a table (lanes, slots) or (lanes, slots + 1); with "clip", any entry for one outside."""
+def _at(table: np.ndarray, where: Ints, outside: Literal["raise", "wrap"] = "raise") -> np.ndarray:
+    """Entries (lanes, w) of a table (lanes, slots) or (lanes, slots + 1); with "wrap", any entry for one outside."""
     n, width = table.shape
     return table.take(where if n == 1 else where + np.arange(0, n * width, width)[:, None], mode=outside)

@@ -16,8 +16,6 @@ Departures from the released code: the mask token is never a candidate; ties go 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from pydantic import Field
 from torch import Tensor
@@ -29,9 +27,6 @@ from dcache.unmasking.rules import Judged, Judging, Scheduled, ScheduledByScore,
 from dcache.unmasking.sampling import Drawn
 from dcache.unmasking.schedule import Schedule, Span
 from dcache.unmasking.selection import best
-
-if TYPE_CHECKING:
-    pass
 
 
 class LowConfidence(ScheduledByScore):
