@@ -20,7 +20,7 @@ def decode(engine: Engine, state: State, limit: int | None = None) -> list[Step]
     policy, unmasker = engine.policy, engine.unmasker
     engine.begin(state)
     trace: list[Step] = []
-    while not state.finished and (limit is None or len(trace) < limit):
+    while not state.finished and (limit is None or state.step.max() < limit):
         began, recorded = perf_counter(), engine.recording
         ask = state.expect(unmasker.ask(state))  # what may be committed, and how many
         plan = policy.plan(state)  # which rows are computed
