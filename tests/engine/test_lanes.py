@@ -16,7 +16,7 @@ from dcache.engine.engine import GPU_BUCKETS
 from dcache.engine.inputs import FEW_TOGETHER, padded_sizes
 from dcache.engine.layer import Layer
 from dcache.plugins import make_policy, make_unmasker
-from dcache.policy import CachePolicy
+from dcache.policy import CachePolicy, Plan
 from dcache.state import State
 from dcache.testing.models import random_model
 from dcache.trace import Step
@@ -106,6 +106,31 @@ def test_a_report_of_a_pass_of_some_sequences_leaves_those_of_the_others() -> No
         for name, report in step.reports.items():
             assert report.shape[:2] == (MODEL.spec.n_layers, 3), name
     assert not trace[-1].reports["picks"][:, 0].any()  # finished long ago: nothing stale
+
+
+class Flagged(CachePolicy):
+    """Reports a flag as the layers see it, with the column of the dump slot."""
+
+    def plan(self, state: State) -> Plan:
+        """All rows; the flag is true wherever it can be."""
+        return Plan(state.valid, flags={"full": np.ones(state.valid.shape, dtype=bool)})
+
+    def layer(self, at: Layer, rows: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The flag, reported once."""
+        if at.last:
+            at.report("full", at.flags["full"].to(torch.int64), per_layer=False)
+        return at.compute(rows, h)
+
+
+@pytest.mark.parametrize("buckets", [(), (8, 64)])
+def test_a_flag_by_slot_is_0_for_the_dump_slot_in_every_pass(buckets: tuple[int, ...]) -> None:
+    state = State(MODEL.spec, [[1, 2], [3, 4, 5, 6]], [6, 3])  # the second ends first, so lanes change
+    trace = decode(Engine(MODEL, Flagged(), make_unmasker("low-confidence"), buckets=buckets), state)
+    assert len(trace) == 6
+    for step in trace:
+        flag = step.reports["full"][step.active]
+        assert (flag[:, :-1] == 1).all()
+        assert (flag[:, -1] == 0).all()
 
 
 def test_own_tensors_are_found_by_lane() -> None:
