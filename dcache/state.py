@@ -349,18 +349,25 @@ class State:
         inside: list[bool] = self.window.take(at).tolist()
         if not all(inside):
             b, p = divmod(int(at[inside.index(False)]), self.slots)
-            raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} was committed outside the window")
+            raise UnmaskerError(
+                f"step {self.step[b]}, sequence {b}: position {p} was committed outside the window; "
+                "commit positions of State.window alone"
+            )
         mask_id, n_ids = self.spec.mask_id, self.spec.vocab_size
         tokens: list[int] = new.tolist()
         if mask_id in tokens:
             b, p = divmod(int(at[tokens.index(mask_id)]), self.slots)
-            raise UnmaskerError(f"step {self.step[b]}, sequence {b}: the mask token was committed at position {p}")
+            raise UnmaskerError(
+                f"step {self.step[b]}, sequence {b}: the mask token was committed at position {p}; "
+                f"take id {mask_id} out of the candidates before one is picked"
+            )
         if tokens and not 0 <= min(tokens) <= max(tokens) < n_ids:
             token = next(i for i in tokens if not 0 <= i < n_ids)
             b, p = divmod(int(at[tokens.index(token)]), self.slots)
             raise UnmaskerError(
                 f"step {self.step[b]}, sequence {b}: token {token} was committed at position {p}; "
-                f"the vocabulary has {n_ids} ids, and -1 means that the position was not predicted"
+                f"the vocabulary has {n_ids} ids, and -1 means that the position was not predicted; "
+                "commit rows of Seen.predicted alone"
             )
 
     def _check_guesses(self, update: Update, seen: Seen) -> None:
@@ -385,11 +392,15 @@ class State:
             return False
 
         if found(update.remask & ~self._generated):
-            raise UnmaskerError(f"step {self.step[b]}, sequence {b}: position {p} is not generated, yet re-masked")
+            raise UnmaskerError(
+                f"step {self.step[b]}, sequence {b}: position {p} is not generated, yet re-masked; "
+                "put rows behind the prompt back alone"
+            )
         if update.fill is not None and found(update.fill & (~self._generated | update.remask)):
             raise UnmaskerError(
                 f"step {self.step[b]}, sequence {b}: position {p} is overwritten with end-of-text, but it is "
-                f"{'re-masked too' if update.remask[b, p] else 'not generated'}"
+                f"{'re-masked too' if update.remask[b, p] else 'not generated'}; "
+                "overwrite generated rows that are not put back"
             )
 
     @staticmethod

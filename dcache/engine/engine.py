@@ -392,7 +392,7 @@ class Engine:
         n_lanes, by_slot = len(arrays["lanes"]), self.inputs.flags_by_slot(arrays)
         widths = {name: (n_lanes, self.state.slots + 1) for name in by_slot}
         packet = Packet([(name, widths.get(name, x.shape), x.dtype) for name, x in arrays.items()], self.model.device)
-        for name in by_slot:  # what nobody writes stays 0
+        for name in by_slot:  # written but for the column of the dump slot, which stays 0
             packet.host[name] = packet.host[name][:, :-1]
         side = packet.device
         current = Pass(
